@@ -1,0 +1,248 @@
+"""The corpus: texts read once, split by group, labels and categories coded from the training rows, and digests."""
+
+import hashlib
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from raylab.identity import digest
+from raylab.mistakes import JobError
+from raylab.noise import derive_seed
+from raylab.sources import read_source
+from raylab.specs import PARTS, Corpus, Job
+from raylab.stages import Stage, build_stage
+
+TRAIN, VALIDATION, TEST = range(3)
+DOCUMENTS = "documents"
+
+
+class ReadCorpus(NamedTuple):
+    """All rows as read: table -> Arrow table (id, text, group, categories), and counts per table."""
+
+    tables: dict[str, pa.Table]
+    counts: dict[str, dict[str, int]]
+
+
+class SplitCorpus(NamedTuple):
+    """A corpus under one split.
+
+    `open` holds the training and validation rows, `sealed` the test rows; columns: text, group (int64 code), part
+    (int8: 0 train, 1 validation, 2 test), label (int64, tasks) and one int64 column for each metadata field (-1: none).
+    """
+
+    open: dict[str, pa.Table]
+    sealed: dict[str, pa.Table]
+    classes: dict[str, list[str]]
+    categories: dict[str, list[str]]
+    counts: dict[str, dict[str, int]]
+    digests: dict[str, str]
+    stored_digest: str
+    supervised_by: dict[str, str]
+
+
+def metadata_fields(job: Job) -> list[str]:
+    """The columns of the documents that some arm of the job may be asked to predict."""
+    entry = job.search.space.get("pretrain.metadata.field")
+    searched = getattr(entry, "choices", ())
+    objectives = {job.pretrain.objective, *getattr(job.search.space.get("pretrain.objective"), "choices", ())}
+    if "metadata" not in objectives:
+        return []
+    return sorted({field for field in (job.pretrain.metadata.field, *searched) if field is not None})
+
+
+def read_corpus(corpus: Corpus, fields: Collection[str]) -> ReadCorpus:
+    """Reads documents and tasks. Raises JobError with every problem of every table; no text is in it."""
+    problems: list[str] = []
+    tables: dict[str, pa.Table] = {}
+    counts: dict[str, dict[str, int]] = {}
+    column = corpus.split.column
+    wanted = {DOCUMENTS: (corpus.documents, [*fields])} | {
+        name: (task, [task.label]) for name, task in corpus.tasks.items()
+    }
+    for name, (source, categories) in wanted.items():
+        where = "corpus.documents" if name == DOCUMENTS else f"corpus.tasks.{name}"
+        needed = [*categories, *([column] if column else [])]
+        table, counts[name] = read_source(source, where, categories=list(dict.fromkeys(needed)), problems=problems)
+        if table is not None:
+            tables[name] = table
+    grouped = [name for name, (source, _) in wanted.items() if source.group is not None]
+    if grouped and len(grouped) < len(wanted):
+        missing = ", ".join(name for name in wanted if name not in grouped)
+        problems.append(f"corpus: {missing} names no 'group' while other tables do; name one everywhere or nowhere")
+    if problems:
+        raise JobError(problems)
+    return ReadCorpus(tables, counts)
+
+
+def _hash_unique(column: pa.ChunkedArray, *key: int | str) -> NDArray[np.int64]:
+    """A 63-bit hash of each row's string, computed once a distinct value."""
+    encoded = column.combine_chunks().dictionary_encode()
+    codes = np.array([derive_seed(*key, value) for value in encoded.dictionary.to_pylist()], dtype=np.int64)
+    return codes[encoded.indices.to_numpy(zero_copy_only=False)]
+
+
+def _assign_parts(table: pa.Table, groups: pa.ChunkedArray, corpus: Corpus, seed: int, where: str) -> NDArray[np.int8]:
+    split = corpus.split
+    if split.column is None:
+        share = _hash_unique(groups, "split", seed) / 2.0**63
+        edges = np.array([split.train, split.train + split.validation])
+        return np.searchsorted(edges, share, side="right").astype(np.int8)
+    names = split.values or {part: (part,) for part in PARTS}
+    part_of = {value: PARTS.index(part) for part, values in names.items() for value in values}
+    column = table[split.column].combine_chunks().dictionary_encode()
+    unknown = [value for value in column.dictionary.to_pylist() if value not in part_of]
+    if unknown or column.null_count:
+        raise JobError(
+            [
+                f"{where}: split column '{split.column}' has {len(unknown)} values that name no part and "
+                f"{column.null_count} nulls; list the values in corpus.split.values"
+            ]
+        )
+    codes = np.array([part_of[value] for value in column.dictionary.to_pylist()], dtype=np.int8)
+    return codes[column.indices.to_numpy(zero_copy_only=False)]
+
+
+def split_corpus(read: ReadCorpus, corpus: Corpus, fields: Collection[str], seed: int) -> SplitCorpus:
+    """Splits by group, one assignment for all tables, and codes labels and categories from the training rows.
+
+    A group's part depends on its name and the split's seed alone, so that new groups move no old one.
+    `seed` is the trial's and counts only where split.vary is true. Raises JobError.
+    """
+    problems: list[str] = []
+    split_seed = derive_seed(corpus.split.seed, seed) if corpus.split.vary else corpus.split.seed
+    coded: dict[str, pa.Table] = {}
+    counts = {name: dict(table_counts) for name, table_counts in read.counts.items()}
+    classes: dict[str, list[str]] = {}
+    categories: dict[str, list[str]] = {}
+    for name, table in read.tables.items():
+        where = "corpus.documents" if name == DOCUMENTS else f"corpus.tasks.{name}"
+        # Without groups, rows of one text are one group: no text on two sides.
+        groups = table["group"] if "group" in table.column_names else table["text"]
+        part = _assign_parts(table, groups, corpus, split_seed, where)
+        columns: dict[str, Any] = {"text": table["text"], "group": _hash_unique(groups, "group"), "part": part}
+        keep = np.ones(len(table), dtype=bool)
+        if name == DOCUMENTS:
+            for field in fields:
+                columns[field], categories[field] = _code(table[field], part, 1)
+                counts[name][f"without_{field}"] = int((columns[field] < 0).sum())
+                if len(categories[field]) < 2:
+                    problems.append(f"pretrain.metadata.field: '{field}' has under two values in the training rows")
+        else:
+            task = corpus.tasks[name]
+            columns["label"], classes[name] = _code(table[task.label], part, task.min_class_size)
+            keep = columns["label"] >= 0
+            unlabelled = table[task.label].null_count
+            counts[name] |= {"unlabelled": unlabelled, "rare_or_unseen_class": int((~keep).sum()) - unlabelled}
+            if len(classes[name]) < 2:
+                problems.append(
+                    f"{where}.label: '{task.label}' has {len(classes[name])} class(es) with {task.min_class_size} or "
+                    "more training rows; a task needs two: check the column, lower min_class_size or drop the task"
+                )
+        coded[name] = pa.table(columns).filter(pa.array(keep))
+        for code, part_name in enumerate(PARTS):
+            counts[name][part_name] = int((part[keep] == code).sum())
+            if counts[name][part_name] == 0 and code != TEST:
+                problems.append(f"{where}: no {part_name} rows under this split; change corpus.split or add rows")
+    if corpus.split.column is not None and (crossing := _count_crossing(coded)):
+        problems.append(
+            f"corpus.split.column: {crossing} groups stand on two sides of '{corpus.split.column}'; "
+            "give each group one part, or split by fractions"
+        )
+    if problems:
+        raise JobError(problems)
+    opened = {name: table.filter(pc.less(table["part"], TEST)) for name, table in coded.items()}
+    sealed = {name: table.filter(pc.equal(table["part"], TEST)) for name, table in coded.items()}
+    names = {**classes, **{f"metadata:{field}": values for field, values in categories.items()}}
+    stored = _digest_tables(opened, fields, names)
+    # Where the split varies, every row trains in some trial: what was read, not one split of it, names the arms.
+    digests = _digest_tables(read.tables, fields, {}) if corpus.split.vary else stored
+    supervised_by = _find_supervision(opened, corpus, fields)
+    return SplitCorpus(opened, sealed, classes, categories, counts, digests, digest(stored), supervised_by)
+
+
+def _code(column: pa.ChunkedArray, part: NDArray[np.int8], smallest: int) -> tuple[NDArray[np.int64], list[str]]:
+    """Codes by the sorted values that have `smallest` training rows or more; -1 for null and all others."""
+    encoded = column.combine_chunks().dictionary_encode()
+    values = encoded.dictionary.to_pylist()
+    indices = encoded.indices.fill_null(len(values)).to_numpy(zero_copy_only=False)
+    sizes = np.bincount(indices[part == TRAIN], minlength=len(values) + 1)[: len(values)]
+    kept = sorted(value for value, size in zip(values, sizes, strict=True) if size >= max(smallest, 1))
+    lookup = {value: code for code, value in enumerate(kept)}
+    return np.array([*(lookup.get(value, -1) for value in values), -1], dtype=np.int64)[indices], kept
+
+
+def _count_crossing(coded: dict[str, pa.Table]) -> int:
+    pairs = pa.concat_tables([table.select(["group", "part"]) for table in coded.values()])
+    sides = pairs.group_by("group").aggregate([("part", "count_distinct")])
+    return int(pc.sum(pc.greater(sides["part_count_distinct"], 1)).as_py() or 0)
+
+
+def digest_column(column: pa.ChunkedArray) -> str:
+    """Digest of the values and their order, whatever their chunks."""
+    if column.null_count:
+        column = pc.fill_null(column, "\0")
+    array = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+    if pa.types.is_large_string(array.type):
+        array = array.take(pa.array(np.arange(len(array))))  # compact: offsets from 0, no slice
+        lengths = pc.binary_length(array).to_numpy(zero_copy_only=False).astype(np.int64)
+        hashed = hashlib.blake2b(lengths.tobytes(), digest_size=16)
+        if len(array):
+            hashed.update(memoryview(array.buffers()[2])[: int(lengths.sum())])
+        return hashed.hexdigest()
+    return hashlib.blake2b(array.to_numpy(zero_copy_only=False).tobytes(), digest_size=16).hexdigest()
+
+
+def _digest_tables(tables: dict[str, pa.Table], fields: Collection[str], names: dict[str, list[str]]) -> dict[str, str]:
+    """What was read, as far as it can change a result: `documents`, `metadata:FIELD`, and each task."""
+    parts: dict[str, str] = {}
+    for name, table in tables.items():
+        columns = [column for column in table.column_names if column not in fields or name != DOCUMENTS]
+        parts[name] = digest([[digest_column(table[column]) for column in columns], names.get(name)])
+    for field in fields:
+        key = f"metadata:{field}"
+        parts[key] = digest([digest_column(tables[DOCUMENTS][field]), names.get(key)])
+    return parts
+
+
+def _find_supervision(opened: dict[str, pa.Table], corpus: Corpus, fields: Collection[str]) -> dict[str, str]:
+    """Metadata fields that give a task's label away: the same column name, or one to one on shared texts."""
+    found: dict[str, str] = {}
+    for field in fields:
+        for name, task in corpus.tasks.items():
+            if task.label == field:
+                found[field] = name
+                continue
+            both = (
+                opened[DOCUMENTS]
+                .select(["text", field])
+                .join(opened[name].select(["text", "label"]), "text", join_type="inner")
+            )
+            pairs = both.filter(pc.greater_equal(both[field], 0)).group_by([field, "label"]).aggregate([])
+            num_fields, num_labels = (pc.count_distinct(pairs[column]).as_py() for column in (field, "label"))
+            if len(both) >= 20 and num_labels > 1 and len(pairs) == num_fields == num_labels:
+                found[field] = name
+    return found
+
+
+def store_corpus(results: Path, split: SplitCorpus) -> Stage:
+    """Keeps the coded training and validation rows, without text: one Arrow file a table."""
+
+    def build(folder: Path) -> dict[str, Any]:
+        for name, table in split.open.items():
+            with pa.ipc.new_file(folder / f"{name}.arrow", table.drop_columns("text").schema) as writer:
+                writer.write_table(table.drop_columns("text").combine_chunks())
+        return {"classes": split.classes, "categories": split.categories, "supervised_by": split.supervised_by}
+
+    return build_stage(results, "corpus", {"rows": split.stored_digest}, build)
+
+
+def open_rows(folder: Path, table: str) -> dict[str, NDArray[Any]]:
+    """The coded columns of a stored table: group, part, and label or metadata fields."""
+    with pa.memory_map(str(folder / f"{table}.arrow")) as file:
+        rows = pa.ipc.open_file(file).read_all()
+    return {name: rows[name].to_numpy() for name in rows.column_names}

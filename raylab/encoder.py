@@ -1,0 +1,199 @@
+"""Encoders: Hugging Face masked-language models built, loaded, run and saved; mean pooling over real tokens."""
+
+import logging
+import shutil
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForMaskedLM, RobertaConfig, RobertaForMaskedLM
+from transformers.utils import logging as transformers_logging
+
+from raylab.batches import cut_pieces, pad_rows, slice_piece
+from raylab.identity import digest, digest_folder
+from raylab.mistakes import JobError
+from raylab.specs import EncoderConfig
+from raylab.tokens import TokenStore, Vocabulary
+
+# Shapes: B texts, T tokens, D hidden size, V vocabulary, S selected tokens.
+
+# The masked-language head of each family, from hidden states [S, D] to logits [S, V]: only masked tokens need logits.
+HEADS = {
+    "roberta": lambda model, hidden: model.lm_head(hidden),
+    "xlm-roberta": lambda model, hidden: model.lm_head(hidden),
+    "bert": lambda model, hidden: model.cls(hidden),
+    "distilbert": lambda model, hidden: model.vocab_projector(
+        model.vocab_layer_norm(model.activation(model.vocab_transform(hidden)))
+    ),
+    "modernbert": lambda model, hidden: model.decoder(model.head(hidden)),
+}
+
+
+class Layers(NamedTuple):
+    """An encoder's embeddings and its layers, bottom first."""
+
+    embeddings: nn.Module
+    layers: Sequence[nn.Module]
+
+
+def choose_device() -> torch.device:
+    """The GPU that Ray or the user gave this process, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def precision(device: torch.device) -> AbstractContextManager[Any]:
+    """bf16 on GPU, float32 on CPU."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
+
+
+def digest_pretrained(path: str, revision: str | None) -> str:
+    """What names the weights of a directory (its bytes) or of a Hugging Face name (its commit). Raises JobError."""
+    if Path(path).is_dir():
+        if not (Path(path) / "config.json").is_file():
+            raise JobError([f"encoder.pretrained: '{path}' holds no config.json; name a Hugging Face model directory"])
+        return digest_folder(Path(path))
+    try:
+        config = AutoConfig.from_pretrained(path, revision=revision or "main")
+    except (OSError, ValueError) as error:
+        raise JobError(
+            [
+                f"encoder.pretrained: '{path}' is no directory here and is not found by name ({type(error).__name__}); "
+                "check the spelling, the network, or download it and give its directory"
+            ]
+        ) from None
+    return digest({"name": path, "commit": getattr(config, "_commit_hash", None) or revision})
+
+
+def check_pretrained(path: str, revision: str | None, max_length: int) -> list[str]:
+    """Rules that a pretrained encoder must keep, from its config alone: family and number of positions."""
+    config = AutoConfig.from_pretrained(path, revision=revision or "main")
+    problems = []
+    if config.model_type not in HEADS:
+        problems.append(f"encoder.pretrained: family '{config.model_type}' is not supported; use {', '.join(HEADS)}")
+    positions = getattr(config, "max_position_embeddings", None)
+    offset = (config.pad_token_id or 0) + 1 if config.model_type in ("roberta", "xlm-roberta") else 0
+    if positions is not None and max_length > positions - offset:
+        problems.append(
+            f"corpus.max_length: {max_length} exceeds the encoder's {positions - offset} positions; lower it"
+        )
+    return problems
+
+
+def build_encoder(config: EncoderConfig, vocabulary: Vocabulary, max_length: int, seed: int) -> nn.Module:
+    """A RoBERTa with random weights from `seed`."""
+    torch.manual_seed(seed)
+    return RobertaForMaskedLM(
+        RobertaConfig(
+            vocab_size=vocabulary.size,
+            hidden_size=config.hidden_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            intermediate_size=config.intermediate_size,
+            hidden_dropout_prob=config.dropout,
+            attention_probs_dropout_prob=config.dropout,
+            # RoBERTa counts positions from the padding id on.
+            max_position_embeddings=max_length + vocabulary.pad_id + 1,
+            type_vocab_size=1,
+            bos_token_id=vocabulary.prefix_id,
+            eos_token_id=vocabulary.suffix_id,
+            pad_token_id=vocabulary.pad_id,
+        )
+    )
+
+
+def load_encoder(path: str, revision: str | None = None, seed: int = 0) -> tuple[nn.Module, bool]:
+    """The masked-language model of a name or directory in float32, and whether its head had to be made anew.
+
+    Weights that the file lacks (a missing head) are drawn from `seed`. Raises JobError for an unsupported family.
+    """
+    torch.manual_seed(seed)
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        model, loading = AutoModelForMaskedLM.from_pretrained(
+            path, revision=revision or "main", output_loading_info=True, dtype=torch.float32
+        )
+    finally:
+        transformers_logging.set_verbosity(before)
+    if model.config.model_type not in HEADS:
+        raise JobError([f"encoder: family '{model.config.model_type}' is not supported; use {', '.join(HEADS)}"])
+    base = f"{model.base_model_prefix}."
+    new_head = any(not name.startswith(base) for name in loading["missing_keys"])
+    if new_head:
+        logging.getLogger("raylab").info("encoder %s has no masked-language head; a new one is trained", path)
+    return model, new_head
+
+
+def save_encoder(model: nn.Module, tokenizer: Path, folder: Path) -> None:
+    """A normal Hugging Face directory: weights, config and the tokenizer's files."""
+    model.save_pretrained(folder)  # type: ignore[operator]
+    for file in tokenizer.iterdir():
+        if file.name != "stage.json":
+            shutil.copy(file, folder / file.name)
+
+
+def split_layers(model: nn.Module) -> Layers:
+    """Finds the embeddings and layers by the names that the supported families use."""
+    base = model.base_model
+    inner = next(getattr(base, name) for name in ("encoder", "transformer", "layers") if hasattr(base, name))
+    layers = inner if isinstance(inner, nn.ModuleList) else getattr(inner, "layer", None) or inner.layers
+    return Layers(base.embeddings, list(layers))  # type: ignore[union-attr, arg-type]
+
+
+def encode(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Hidden states of the last layer: [B, T], [B, T] -> [B, T, D]."""
+    hidden: Tensor = model.base_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # type: ignore[operator]
+    return hidden
+
+
+def predict_tokens(model: nn.Module, hidden: Tensor) -> Tensor:
+    """Logits of the masked-language head: [S, D] -> [S, V]."""
+    logits: Tensor = HEADS[model.config.model_type](model, hidden)  # type: ignore[union-attr, index]
+    return logits
+
+
+def pool(hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    """Mean over real tokens, special ones included as sentence-transformers has it: [B, T, D], [B, T] -> [B, D]."""
+    weights = attention_mask.unsqueeze(-1).to(torch.float32)
+    return (hidden.float() * weights).sum(1) / weights.sum(1)
+
+
+@torch.inference_mode()
+def embed(
+    model: nn.Module,
+    store: TokenStore,
+    rows: NDArray[np.int64],
+    vocabulary: Vocabulary,
+    *,
+    max_length: int,
+    long_documents: str,
+    batch_tokens: int = 16_384,
+) -> NDArray[np.float32]:
+    """Mean-pooled embeddings of the store's `rows`: [len(rows), D] float32. Windows are averaged by their tokens."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    pieces = cut_pieces(store.lengths, rows, max_length, long_documents)
+    sums = np.zeros((len(rows), model.config.hidden_size), dtype=np.float32)  # type: ignore[union-attr, arg-type]
+    tokens = np.zeros(len(rows), dtype=np.float32)
+    # Texts of like length go together: little padding, and a stable order keeps the numbers the same.
+    order = np.argsort(-pieces.length, kind="stable")
+    start = 0
+    while start < len(order):
+        batch = order[start : start + max(1, batch_tokens // int(pieces.length[order[start]] + 2))]
+        start += len(batch)
+        ids, mask = pad_rows([slice_piece(store, pieces, i) for i in batch], vocabulary)
+        ids_t, mask_t = torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
+        with precision(device):
+            hidden = encode(model, ids_t, mask_t)
+        weight = mask.sum(1).astype(np.float32)
+        np.add.at(sums, pieces.owner[batch], pool(hidden, mask_t).cpu().numpy() * weight[:, None])
+        np.add.at(tokens, pieces.owner[batch], weight)
+    model.train(was_training)
+    return sums / tokens[:, None]

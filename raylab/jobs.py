@@ -1,0 +1,315 @@
+"""Job files: YAML to a checked `Job`, with every mistake in one go."""
+
+import difflib
+import json
+import re
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from raylab.mistakes import JobError, explain, inner_types
+from raylab.settings import (
+    ARM_BLOCKS,
+    GEOMETRY_METRICS,
+    LOSS_BLOCKS,
+    OBJECTIVE_BLOCKS,
+    SCORE_METRICS,
+    SETTINGS,
+    check_settings,
+    dump_job,
+    is_integer,
+    is_list,
+)
+from raylab.specs import Choices, Job
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 numbers (5e-5 is a number, 2e6 a whole one), and no key twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise JobError([f"line {key_node.start_mark.line + 1}: key '{key}' stands twice; keep one"])
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _construct_exponent(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float | int:
+    text = loader.construct_scalar(node).replace("_", "")
+    value = float(text)
+    return int(value) if "." not in text and "-" not in text[1:] and value.is_integer() else value
+
+
+_Loader.add_implicit_resolver(
+    "!exponent", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+_Loader.add_constructor("!exponent", _construct_exponent)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises JobError naming the file and line."""
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise JobError([f"{path}: {error.strerror or error}; check the path"]) from None
+    except UnicodeDecodeError:
+        raise JobError([f"{path}: not UTF-8 text; save it as UTF-8"]) from None
+    except JobError as error:
+        raise JobError([f"{path}: {problem}" for problem in error.problems]) from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        raise JobError(
+            [f"{path}:{line} is not YAML ({getattr(error, 'problem', error)}); check indents and quotes"]
+        ) from None
+    if not isinstance(content, dict):
+        raise JobError([f"{path}: must be a mapping of keys to values, not {type(content).__name__}"])
+    return content
+
+
+def merge(base: dict[str, Any], variant: dict[str, Any]) -> dict[str, Any]:
+    """`base` changed by `variant`: mappings merge, anything else replaces, null deletes."""
+    merged = dict(base)
+    for key, value in variant.items():
+        if value is None:
+            merged.pop(key, None)
+        elif isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _resolve_paths(raw: dict[str, Any], folder: Path, data: Path | None) -> None:
+    """Makes the file's own relative paths absolute, in place; `data` moves corpus files there by name."""
+
+    def absolute(path: str) -> str:
+        return path if "://" in path else str((folder / path).resolve())
+
+    corpus = raw.get("corpus")
+    tables: list[Any] = []
+    if isinstance(corpus, dict):
+        tasks = corpus.get("tasks")
+        tables = [corpus.get("documents"), *(tasks.values() if isinstance(tasks, dict) else ())]
+    for table in tables:
+        if not isinstance(table, dict):
+            continue
+        if isinstance(table.get("path"), str):
+            table["path"] = str((data / Path(table["path"]).name).resolve()) if data else absolute(table["path"])
+        if isinstance(table.get("sql"), str):
+            table["root"] = str(data.resolve()) if data else absolute(table.get("root", "."))
+    encoder = raw.get("encoder")
+    if isinstance(encoder, dict) and isinstance(encoder.get("pretrained"), str):
+        encoder["pretrained"] = _resolve_encoder(encoder["pretrained"], folder)
+    search = raw.get("search")
+    if isinstance(search, dict) and isinstance(search.get("space"), str):
+        search["space"] = absolute(search["space"])
+
+
+def _resolve_encoder(name: str, folder: Path) -> str:
+    """A name with a leading dot or an existing folder is a directory; anything else a Hugging Face name."""
+    return str((folder / name).resolve()) if name.startswith((".", "~", "/")) or (folder / name).is_dir() else name
+
+
+def _read_space(path: Path) -> dict[str, Any]:
+    space = read_yaml(path)
+    encoder = space.get("encoder.pretrained")
+    names = encoder if isinstance(encoder, list) else encoder.get("choices") if isinstance(encoder, dict) else None
+    if isinstance(names, list):
+        names[:] = [_resolve_encoder(name, path.parent) if isinstance(name, str) else name for name in names]
+    return space
+
+
+def _read_chain(path: Path, data: Path | None, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The merged mapping of a job file and its bases, and what the file itself wrote."""
+    if path.resolve() in seen:
+        raise JobError([f"base: {path} leads back to itself; remove one 'base'"])
+    own = read_yaml(path)
+    base_name = own.pop("base", None)
+    if base_name is not None and not isinstance(base_name, str):
+        raise JobError([f"base: must be the path of one job file, not {base_name!r}"])
+    _resolve_paths(own, path.parent, data)
+    if base_name is None:
+        return own, own
+    base, _ = _read_chain(path.parent / base_name, data, (*seen, path.resolve()))
+    return merge(base, own), own
+
+
+def load_job(path: Path, *, overrides: Mapping[str, Any] | None = None, data: Path | None = None) -> Job:
+    """Reads, merges and checks a job file.
+
+    `overrides` maps dotted settings to values that replace the file's; `data` is a folder that holds the corpus files.
+    Raises JobError with every mistake.
+    """
+    raw, own = _read_chain(Path(path), data)
+    for key, value in (overrides or {}).items():
+        block: dict[str, Any] = {}
+        for part in reversed(key.split(".")):
+            block = {part: block or value} if block else {part: value}
+        if data is None:
+            _resolve_paths(block, Path.cwd(), None)
+        raw = merge(raw, block)
+    search = raw.get("search")
+    if isinstance(search, dict) and isinstance(search.get("space"), str):
+        raw["search"] = {**search, "space": _read_space(Path(search["space"]))}
+    return check_job(raw, own)
+
+
+def check_job(raw: dict[str, Any], own: dict[str, Any] | None = None) -> Job:
+    """A `Job` from a merged mapping; `own` is what the job file itself wrote (blocks in it must be read)."""
+    raw = json.loads(json.dumps(raw, default=str))
+    space = raw.get("search", {}).get("space") if isinstance(raw.get("search"), dict) else None
+    if isinstance(space, dict):
+        raw["search"]["space"] = {k: {"choices": v} if isinstance(v, list) else v for k, v in space.items()}
+    try:
+        job = Job.model_validate_json(json.dumps(raw))
+    except ValidationError as error:
+        raise JobError([explain(dict(detail)) for detail in error.errors()]) from None
+    problems = [*_check_space(job), *_check_references(job), *_check_blocks(job, own or {}), *check_settings(job)]
+    if problems:
+        raise JobError(list(dict.fromkeys(problems)))
+    return job
+
+
+def dump_yaml(job: Job) -> str:
+    """The resolved job as YAML: what is kept beside its results, and reads back as the same job."""
+    return yaml.safe_dump(dump_job(job), sort_keys=False, allow_unicode=True)
+
+
+def _check_space(job: Job) -> list[str]:
+    problems: list[str] = []
+    earlier: list[str] = []
+    for name, entry in job.search.space.items():
+        where = f"search.space.{name}"
+        if name not in SETTINGS or not name.startswith(ARM_BLOCKS):
+            searchable = [s for s in SETTINGS if s.startswith(ARM_BLOCKS)]
+            near = difflib.get_close_matches(name, searchable, n=1)
+            problems.append(
+                f"{where}: not a setting that can be searched" + (f"; did you mean '{near[0]}'?" if near else "")
+            )
+            continue
+        values: tuple[Any, ...]
+        if isinstance(entry, Choices):
+            values = entry.choices
+            if len({json.dumps(v, sort_keys=True) for v in values}) < len(values):
+                problems.append(f"{where}: names a value twice")
+        else:
+            values = (entry.low, entry.high)
+            if is_integer(name):
+                if any(v != int(v) for v in (*values, entry.step or 1)):
+                    problems.append(f"{where}: low, high and step must be whole numbers for this setting")
+                values = tuple(int(v) for v in values)
+            elif not any(t is float for t in inner_types(SETTINGS[name].annotation)):
+                problems.append(f"{where}: is not a number; list its 'choices'")
+                continue
+            if job.search.design == "grid" and (entry.log or (entry.step is None and not is_integer(name))):
+                problems.append(f"{where}: a grid needs 'choices', or a range with a 'step'")
+        field = SETTINGS[name]
+        adapter: TypeAdapter[Any] = TypeAdapter(
+            typing.Annotated[field.annotation, field] if field.metadata else field.annotation
+        )
+        for value in values:
+            listed = [value] if is_list(name) and not isinstance(value, list) else value
+            try:
+                adapter.validate_json(json.dumps(listed), strict=True)
+            except ValidationError as error:
+                problems.append(explain({**error.errors()[0], "loc": (*where.split("."), str(value))}))
+        for condition, wanted in (entry.when or {}).items():
+            if condition not in SETTINGS:
+                near = difflib.get_close_matches(condition, list(SETTINGS), n=1)
+                problems.append(
+                    f"{where}.when: '{condition}' is not a setting" + (f"; did you mean '{near[0]}'?" if near else "")
+                )
+            elif condition in job.search.space and condition not in earlier:
+                problems.append(f"{where}.when: '{condition}' must stand before it in the space")
+            elif condition in job.search.space and isinstance(other := job.search.space[condition], Choices):
+                missing = [v for v in (wanted if isinstance(wanted, list) else [wanted]) if v not in other.choices]
+                if missing:
+                    problems.append(
+                        f"{where}.when: '{condition}' is never {missing[0]!r}; use one of {list(other.choices)}"
+                    )
+        earlier.append(name)
+    return problems
+
+
+def _check_references(job: Job) -> list[str]:
+    problems: list[str] = []
+    tasks = list(job.corpus.tasks)
+
+    def near(value: str, names: typing.Sequence[str]) -> str:
+        match = difflib.get_close_matches(value, names, n=1)
+        return f"did you mean '{match[0]}'?" if match else f"valid: {', '.join(map(str, names))}"
+
+    for task in job.evaluate.tasks or ():
+        if task not in tasks:
+            problems.append(f"evaluate.tasks: '{task}' is not in corpus.tasks; {near(task, tasks)}")
+    if "documents" in tasks:
+        problems.append("corpus.tasks.documents: this name is taken by the documents; rename the task")
+    evaluated = list(job.evaluate.tasks or tasks)
+    possible = {name: _possible_values(job, f"evaluate.{name}") for name in ("shots", "frozen_layers", "probes")}
+    for index, target in enumerate(job.search.targets):
+        where = f"search.targets.{index}"
+        if target.task not in evaluated:
+            problems.append(f"{where}.task: '{target.task}' is not evaluated; {near(target.task, evaluated)}")
+        if target.table == "geometry":
+            if {"shots", "probe", "frozen_layers"} & target.model_fields_set:
+                problems.append(f"{where}: geometry has no shots, probe or frozen_layers; leave them out")
+            if target.metric not in GEOMETRY_METRICS:
+                problems.append(
+                    f"{where}.metric: '{target.metric}' is not measured; {near(target.metric, GEOMETRY_METRICS)}"
+                )
+            continue
+        if target.metric not in SCORE_METRICS:
+            problems.append(f"{where}.metric: '{target.metric}' is not measured; {near(target.metric, SCORE_METRICS)}")
+        if target.parameter is not None:
+            problems.append(f"{where}.parameter: belongs to geometry; leave it out")
+        for name, value in (("shots", target.shots), ("frozen_layers", target.frozen_layers), ("probes", target.probe)):
+            searched = f"evaluate.{name}" in job.search.space
+            # A searched depth is scored at whatever depth the arm has: the target follows it.
+            if value is not None and not searched and value not in possible[name]:
+                valid = [str(v) for v in possible[name]]
+                key = "probe" if name == "probes" else name
+                problems.append(f"{where}.{key}: {value!r} is not evaluated; {near(str(value), valid)}")
+    return problems
+
+
+def _possible_values(job: Job, name: str) -> set[Any]:
+    """All values that a setting can take in this job."""
+    base: Any = job
+    for part in name.split("."):
+        base = getattr(base, part, None)
+    values = set(base) if isinstance(base, tuple) else {base}
+    entry = job.search.space.get(name)
+    if isinstance(entry, Choices):
+        values |= {v for choice in entry.choices for v in (choice if isinstance(choice, list) else [choice])}
+    return values
+
+
+def _check_blocks(job: Job, own: dict[str, Any]) -> list[str]:
+    """A block that no objective of this job reads is refused where the file itself wrote it."""
+    objectives = _possible_values(job, "pretrain.objective")
+    read = {block for objective in objectives for block in OBJECTIVE_BLOCKS[objective]}
+    pretrain = own.get("pretrain")
+    problems = [
+        f"pretrain.{block}: objective {', '.join(sorted(objectives))} does not read it; remove the block"
+        for block in LOSS_BLOCKS
+        if isinstance(pretrain, dict) and block in pretrain and block not in read
+    ]
+    for name in job.search.space:
+        block = name.split(".")[1]
+        if name.startswith("pretrain.") and block in LOSS_BLOCKS and block not in read:
+            problems.append(f"search.space.{name}: no objective of this job reads it; remove it")
+        if name.startswith("pretrain.rungs"):
+            problems.append("search.space.pretrain.rungs: rungs change no result; they can't be searched")
+    if objectives == {"none"} and isinstance(pretrain, dict):
+        extra = sorted(set(pretrain) - {"objective"} - set(LOSS_BLOCKS))
+        problems += [f"pretrain.{key}: objective none does not read it; remove it" for key in extra]
+    if "metadata" in objectives and _possible_values(job, "pretrain.metadata.field") == {None}:
+        problems.append("pretrain.metadata.field: is missing; name a column of corpus.documents")
+    return problems

@@ -1,0 +1,172 @@
+"""The settings of a job by dotted name: which exist, which are read, which can be searched, and their values."""
+
+import json
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from raylab.mistakes import JobError, explain, inner_types, model_of
+from raylab.specs import Job, Target
+
+# Settings that a search space may vary. The corpus is shared by all arms, so only its cutting may differ.
+ARM_BLOCKS = ("corpus.max_length", "corpus.long_documents", "encoder.", "pretrain.", "evaluate.")
+
+# Which blocks of pretrain each objective reads; a block not read is null in tables and outside the arm's hash.
+OBJECTIVE_BLOCKS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "mlm": ("mlm",),
+    "declutr": ("mlm", "declutr"),
+    "metadata": ("mlm", "metadata"),
+}
+LOSS_BLOCKS = ("mlm", "declutr", "metadata")
+
+# Every supported family puts one token before and one behind a text.
+SPECIAL_TOKENS = 2
+
+
+# Named here, not imported, so that a job file is checked without scikit-learn; a test holds them equal.
+SCORE_METRICS = ("f1_macro", "accuracy", "precision_macro", "recall_macro", "roc_auc")
+GEOMETRY_METRICS = (
+    "uniformity",
+    "alignment",
+    "cosine_within",
+    "cosine_between",
+    "silhouette",
+    "graph_components",
+    "graph_largest_share",
+)
+
+
+def _walk(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, field in model.model_fields.items():
+        inner = model_of(field.annotation)
+        mapping = any(typing.get_origin(t) is dict for t in inner_types(field.annotation))
+        if inner is not None and not mapping:
+            yield from _walk(inner, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field
+
+
+# Every setting of a job by its dotted name, in the order of the models; values are pydantic's field descriptions.
+SETTINGS: dict[str, Any] = {
+    name: field for name, field in _walk(Job) if name.split(".")[0] in ("corpus", "encoder", "pretrain", "evaluate")
+}
+
+
+def list_settings(job: Job) -> dict[str, Any]:
+    """Dotted setting -> plain value, null where the chosen objective (or start, or loss) does not read it."""
+    dumped = job.model_dump(mode="json")
+    read = OBJECTIVE_BLOCKS[job.pretrain.objective]
+    values: dict[str, Any] = {}
+    for name in SETTINGS:
+        value: Any = dumped
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        block = name.split(".")[1]
+        if name.startswith("pretrain.") and name != "pretrain.objective":
+            unread = block in LOSS_BLOCKS and block not in read
+            if unread or job.pretrain.objective == "none":
+                value = None
+        values[name] = value
+    if job.pretrain.metadata.loss == "cross_entropy":
+        values["pretrain.metadata.temperature"] = None
+    if job.corpus.split.column is not None:
+        for field in ("train", "validation", "test", "seed", "vary"):
+            values[f"corpus.split.{field}"] = None
+    return values
+
+
+def dump_job(job: Job) -> dict[str, Any]:
+    """The job as plain values that `Job` takes back."""
+    raw = job.model_dump(mode="json")
+    if job.corpus.split.column is not None:
+        raw["corpus"]["split"] = {key: raw["corpus"]["split"][key] for key in ("column", "values")}
+    for target in raw["search"]["targets"]:
+        if target["table"] == "geometry":
+            for key in ("shots", "probe", "frozen_layers"):
+                del target[key]
+    return raw
+
+
+def with_settings(job: Job, values: Mapping[str, Any]) -> Job:
+    """The job with some settings changed; raises JobError with the rules that the result breaks.
+
+    A setting that holds a list takes a single value as a list of one: a freeze depth is searched as one value.
+    """
+    raw = dump_job(job)
+    for name, value in values.items():
+        *path, last = name.split(".")
+        block = raw
+        for part in path:
+            if block.get(part) is None:
+                block[part] = {}
+            block = block[part]
+        block[last] = [value] if is_list(name) and not isinstance(value, list) else value
+        if name == "encoder.pretrained":
+            block.update(config=None, tokenizer=None, trial=None)
+    try:
+        changed = Job.model_validate_json(json.dumps(raw))
+    except ValidationError as error:
+        raise JobError([explain(dict(detail)) for detail in error.errors()]) from None
+    if problems := check_settings(changed):
+        raise JobError(problems)
+    return changed
+
+
+def check_settings(job: Job) -> list[str]:
+    """Rules across blocks, one line for each that is broken. A searched arm that breaks one is infeasible."""
+    problems: list[str] = []
+    pretrain, longest = job.pretrain, job.corpus.max_length - SPECIAL_TOKENS
+    if pretrain.objective == "declutr" and pretrain.declutr.max_span > longest:
+        problems.append(
+            f"pretrain.declutr.max_span: {pretrain.declutr.max_span} tokens and {SPECIAL_TOKENS} special ones exceed "
+            f"corpus.max_length ({job.corpus.max_length}); at most {longest}"
+        )
+    if job.evaluate.retrieval.span > longest:
+        problems.append(f"evaluate.retrieval.span: at most {longest} with corpus.max_length {job.corpus.max_length}")
+    if pretrain.objective != "none":
+        if pretrain.num_tokens < pretrain.rungs * pretrain.batch_tokens:
+            problems.append(
+                f"pretrain.num_tokens: {pretrain.num_tokens} is under rungs x batch_tokens "
+                f"({pretrain.rungs} x {pretrain.batch_tokens}); raise it or lower those"
+            )
+        if pretrain.batch_tokens < job.corpus.max_length * job.resources.workers * pretrain.accumulation:
+            problems.append(
+                f"pretrain.batch_tokens: {pretrain.batch_tokens} is under max_length x workers x accumulation; raise it"
+            )
+    if job.encoder.config is not None:
+        layers = job.encoder.config.num_hidden_layers
+        for depth in job.evaluate.frozen_layers:
+            if depth.isdigit() and int(depth) > layers:
+                problems.append(f"evaluate.frozen_layers: '{depth}' exceeds the encoder's {layers} layers")
+    return problems
+
+
+def is_list(name: str) -> bool:
+    """Whether a setting holds a list."""
+    return any(typing.get_origin(t) is tuple for t in inner_types(SETTINGS[name].annotation))
+
+
+def is_integer(name: str) -> bool:
+    """Whether a setting holds a whole number."""
+    return any(t is int for t in inner_types(SETTINGS[name].annotation))
+
+
+def resolve_target(job: Job, target: Target) -> dict[str, Any]:
+    """Which rows of the table a target averages for an arm: column -> value."""
+    if target.table == "geometry":
+        return {"task": target.task, "metric": target.metric, "parameter": target.parameter}
+    shots = target.shots if target.shots is not None and target.shots in job.evaluate.shots else job.evaluate.shots[0]
+    depths = job.evaluate.frozen_layers
+    depth = target.frozen_layers if target.frozen_layers in depths else depths[0]
+    # Above a frozen boundary the head is trained with the layers: there is one classifier, whatever the probes are.
+    probe = (target.probe or job.evaluate.probes[0]) if depth == "all" else "head"
+    return {
+        "task": target.task,
+        "metric": target.metric,
+        "shots": None if shots == "full" else shots,
+        "frozen_layers": depth,
+        "probe": probe,
+    }

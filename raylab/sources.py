@@ -1,0 +1,485 @@
+"""Tables of texts from files, saved Hugging Face datasets or a DuckDB query, in one Arrow form.
+
+Rows hold what patients told their doctors. Messages of pyarrow, datasets and DuckDB may quote rows, so none of them is
+passed on: a problem line is made of the job's own words, names of files and columns, types and counts.
+"""
+
+import difflib
+import glob
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.dataset
+import pyarrow.json
+
+from raylab.specs import Table, Task
+
+ENDINGS = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+BLOCK_BYTES = 16 * 2**20  # a row must fit into a block, and pyarrow's own 1 MiB is too little for some records
+MAX_NAMES = 40  # column names listed in a problem line
+
+
+class Part(NamedTuple):
+    """A file, split or query: column names are known, rows are not read yet."""
+
+    place: str  # how a problem line calls it
+    names: list[str]
+    read: Callable[[list[str]], pa.Table]  # columns -> table
+    guesses: dict[str, pa.DataType]  # csv only: what its untyped columns look like
+
+
+class _SourceError(Exception):
+    """One problem line. Not a ValueError, since pyarrow's own errors, which quote rows, are ValueErrors."""
+
+
+def read_source(
+    table: Table, where: str, *, categories: Sequence[str] = (), problems: list[str]
+) -> tuple[pa.Table | None, dict[str, int]]:
+    """Read a table's text, id and group and its `categories`, all as large_string, and count the rows.
+
+    Columns of the result: `id` (the number of the row read, from 0, where table.id is None), `text`, `group` (absent
+    where table.group is None), and each of `categories` (labels, metadata, a split column) under its own name. Order:
+    files by path, then rows as they lie; a query's rows by `id` where it is given, since DuckDB orders none by itself.
+
+    Integers, booleans, dates, whole floats ("3", not "3.0"), dictionaries and ClassLabels become strings. A csv file
+    has no types: its values are taken as written ("0389" keeps its zero), but for columns written as whole floats. In
+    all columns but the text an empty string, NaN and an unset ClassLabel (-1) are nulls.
+
+    Rows with null or blank text are left out. Counts: rows_read, empty_text, rows; empty where the table is None.
+
+    Each mistake adds a line to `problems`, starting with `where` (such as "corpus.documents"), and the table is None:
+    nothing to read or unreadable, columns missing or of an unfit type, text that is not UTF-8, ids null or not unique,
+    groups null.
+    """
+    num_before = len(problems)
+    keys = _name_columns(table, categories, where, problems)
+    if len(problems) > num_before:
+        return None, {}
+    try:
+        with ExitStack() as stack:
+            parts = _open_path(table) if table.sql is None else _open_sql(table, stack)
+            for column, key in keys.items():
+                _check_column(column, key, parts, ignore_case=table.sql is not None, problems=problems)
+            if len(problems) > num_before:
+                return None, {}
+            raw = [part.read(list(keys)) for part in parts]
+    except _SourceError as refusal:
+        problems.append(f"{where}.{refusal}")
+        return None, {}
+
+    rows_read = sum(part.num_rows for part in raw)
+    if not rows_read:
+        problems.append(f"{where}: {parts[0].place} has no rows: correct the {'query' if table.sql else 'path'}")
+        return None, {}
+    read = {}
+    for column, key in keys.items():
+        try:
+            read[column] = _join_column(column, table.text, parts, raw)
+        except _SourceError as refusal:
+            problems.append(f"{key}: {refusal}")
+    if len(problems) > num_before:
+        return None, {}
+
+    ids = read[table.id] if table.id is not None else _number_rows(rows_read)
+    columns = {"id": ids, "text": read[table.text]}
+    if table.group is not None:
+        columns["group"] = read[table.group]
+    result = pa.table(columns | {name: read[name] for name in categories})
+    blank = _find_blank(result["text"])
+    empty_text = pc.sum(blank).as_py()
+    if empty_text:
+        result = result.filter(pc.invert(blank))
+    _check_rows(table, result, where, problems)
+    if len(problems) > num_before:
+        return None, {}
+    if table.sql is not None and table.id is not None:
+        result = result.take(pc.sort_indices(result["id"]))
+    return result, {"rows_read": rows_read, "empty_text": empty_text, "rows": result.num_rows}
+
+
+def _name_columns(table: Table, categories: Sequence[str], where: str, problems: list[str]) -> dict[str, str]:
+    """Source column -> key of the job file that names it. Names that would clash in the result are problems."""
+    keys = {table.text: f"{where}.text"}
+    own = {"text": table.text, "id": table.id, "group": table.group}
+    label = table.label if isinstance(table, Task) else None
+    wanted = [("id", table.id), ("group", table.group), *(("label" if c == label else "", c) for c in categories)]
+    for key, column in wanted:
+        path = f"{where}.{key}" if key else where
+        if column is None:
+            continue
+        if column == table.text:  # ids, groups and classes may be shown to people, text may not
+            problems.append(f"{path}: '{column}' is the text column: name another one")
+        elif column in categories and column in own and own[column] != column:
+            problems.append(f"{path}: a label, metadata or split column cannot be named '{column}': rename it with sql")
+        keys.setdefault(column, path)
+    return keys
+
+
+def _open_path(table: Table) -> list[Part]:
+    """The parts of a file, of a folder of files of one format, or of a saved dataset."""
+    path, kind = Path(table.path or ""), cast("str | None", table.format)
+    if not path.exists():
+        raise _SourceError(f"path: {path} does not exist: correct the path or pass --data DIR")
+    saved = path.is_dir() and any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    if kind == "hf" or (kind is None and saved):
+        return _open_saved(path)
+    if path.is_dir():
+        kind, files = _list_files(path, kind)
+    else:
+        kind, files = kind or _ending_format(path), [path]
+        if kind is None:
+            raise _SourceError(f"path: {path.name} has none of the endings {', '.join(ENDINGS)}: give 'format'")
+    return [_open_file(file, kind) for file in files]
+
+
+def _ending_format(path: Path) -> str | None:
+    return ENDINGS.get(Path(path.name.lower().removesuffix(".gz")).suffix)
+
+
+def _list_files(folder: Path, kind: str | None) -> tuple[str, list[Path]]:
+    """The format and the sorted files of a folder and the folders in it, without those hidden or beginning with _."""
+    files = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and not any(name.startswith((".", "_")) for name in path.relative_to(folder).parts)
+    )
+    if kind is None:
+        kinds = {_ending_format(file) for file in files}
+        if len(kinds) != 1 or None in kinds:
+            endings = ", ".join(sorted({file.suffix or "no ending" for file in files})) or "no files"
+            raise _SourceError(f"path: {folder} must hold files of one format, not {endings}: give 'format' or a file")
+        kind = kinds.pop()
+    files = [file for file in files if _ending_format(file) == kind]
+    if kind is None or not files:
+        raise _SourceError(f"path: {folder} holds no {kind} files: correct the path or 'format'")
+    return kind, files
+
+
+def _open_file(path: Path, kind: str) -> Part:
+    if path.stat().st_size == 0:
+        raise _SourceError(f"path: {path} is empty (0 bytes): write it again or remove it")
+    part: Part = _guard(path, kind, lambda: OPENERS[kind](path))
+    return part._replace(read=lambda columns: _guard(path, kind, lambda: part.read(columns)))
+
+
+def _guard(path: Path, kind: str, act: Callable[[], Any]) -> Any:
+    """What `act` returns; any error of the reading library as a line without its message."""
+    try:
+        return act()
+    except Exception as error:
+        row = re.search(r"Row #(\d+)", str(error))
+        at = f"{type(error).__name__} at row {row[1]}" if row else type(error).__name__
+        raise _SourceError(f"path: {path} cannot be read as {kind} ({at}): {UNREADABLE[kind]}") from None
+
+
+UNREADABLE = {
+    "csv": "check that every row has as many fields as the header and that quotes are closed and doubled inside text",
+    "jsonl": "check that every line is one JSON object and that a key's values are all of one type",
+    "parquet": "check that it was written to the end, or correct 'format'",
+    "hf": "it must be a folder written by save_to_disk; correct the path or 'format'",
+}
+
+
+def _open_csv(path: Path) -> Part:
+    def dataset(**convert: Any) -> pa.dataset.Dataset:
+        layout = pa.dataset.CsvFileFormat(
+            parse_options=pa.csv.ParseOptions(newlines_in_values=True),
+            read_options=pa.csv.ReadOptions(block_size=BLOCK_BYTES),
+            convert_options=pa.csv.ConvertOptions(null_values=[""], strings_can_be_null=True, **convert),
+        )
+        return pa.dataset.dataset([str(path)], format=layout)
+
+    def read(columns: list[str]) -> pa.Table:
+        # Bytes, since a guessed type fails on the first later value that is different, and loses leading zeros.
+        # Bytes rather than strings, so that rows which are not UTF-8 can be counted.
+        binary = dataset(column_types=dict.fromkeys(columns, pa.large_binary()))
+        table = binary.to_table(columns={column: pa.dataset.field(column) for column in columns})
+        return pa.table({column: _view_strings(_strip_zeros(table[column])) for column in columns})
+
+    guesses = dataset().schema
+    return Part(str(path), guesses.names, read, dict(zip(guesses.names, guesses.types, strict=True)))
+
+
+def _strip_zeros(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Whole numbers without the ".0" that pandas adds to a column with nulls; other columns as they are."""
+    # Chunk by chunk and only while all match: a column of texts is left after its first chunk.
+    for chunk in column.chunks:
+        if pc.any(pc.invert(pc.match_substring_regex(chunk, r"^-?\d{1,18}\.0$"))).as_py():
+            return column
+    return pc.replace_substring(column, ".0", "") if len(column) > column.null_count else column
+
+
+def _view_strings(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    return pa.chunked_array([chunk.view(pa.large_string()) for chunk in column.chunks], pa.large_string())
+
+
+def _open_jsonl(path: Path) -> Part:
+    options = pa.json.ReadOptions(block_size=BLOCK_BYTES)
+    # Not pyarrow.dataset: it fixes the types by the first block, and a column may start with nulls.
+    table = pa.json.read_json(str(path), read_options=options)
+    dates = [field.with_type(pa.string()) for field in table.schema if pa.types.is_timestamp(field.type)]
+    if dates:  # guessed from strings, which are wanted as they were written
+        parse = pa.json.ParseOptions(explicit_schema=pa.schema(dates))
+        table = pa.json.read_json(str(path), read_options=options, parse_options=parse)
+    return Part(str(path), table.schema.names, table.select, {})
+
+
+def _open_parquet(path: Path) -> Part:
+    dataset = pa.dataset.dataset([str(path)], format="parquet")
+
+    def read(columns: list[str]) -> pa.Table:
+        return dataset.to_table(columns={column: pa.dataset.field(column) for column in columns})
+
+    return Part(str(path), dataset.schema.names, read, {})
+
+
+OPENERS: dict[str, Callable[[Path], Part]] = {"csv": _open_csv, "jsonl": _open_jsonl, "parquet": _open_parquet}
+
+
+def _open_saved(path: Path) -> list[Part]:
+    """The splits of a dataset written by save_to_disk, by name."""
+    import datasets  # takes a second to import
+
+    def part(place: str, dataset: datasets.Dataset) -> Part:
+        def read(columns: list[str]) -> pa.Table:
+            # Through the arrow format, which knows which rows a select or filter kept.
+            table = dataset.select_columns(columns).with_format("arrow")[:]
+            labels = {c: dataset.features[c] for c in columns if isinstance(dataset.features[c], datasets.ClassLabel)}
+            for column, feature in labels.items():
+                codes = pc.if_else(pc.less(table[column], 0), None, table[column])
+                names = pc.take(pa.array(feature.names, pa.large_string()), codes)
+                table = table.set_column(table.schema.get_field_index(column), column, names)
+            return table
+
+        return Part(place, dataset.column_names, lambda columns: _guard(path, "hf", lambda: read(columns)), {})
+
+    loaded = _guard(path, "hf", lambda: datasets.load_from_disk(str(path)))
+    if isinstance(loaded, datasets.Dataset):
+        return [part(str(path), loaded)]
+    return [part(f"{path} ({name})", loaded[name]) for name in sorted(loaded)]
+
+
+def _open_sql(table: Table, stack: ExitStack) -> list[Part]:
+    """The one part of a DuckDB query; it is bound here and run when read. `stack` closes the connection."""
+    import duckdb
+
+    root, sql = Path(table.root or ".").resolve(), table.sql or ""
+    if not root.is_dir():
+        raise _SourceError(f"root: {root} is not a folder: correct 'root' or pass --data DIR")
+    if "," in str(root):
+        raise _SourceError(f"root: {root} has a comma, where DuckDB would cut it: rename the folder")
+    shadow = _find_shadow(sql, root)
+    if shadow is not None:
+        raise _SourceError(
+            f"sql: '{shadow}' would be read from the current folder, not from {root}: "
+            "start raylab in another folder or write its whole path"
+        )
+    # A folder of our own for what does not fit into memory: the default is .tmp in the current folder.
+    spill = stack.enter_context(tempfile.TemporaryDirectory(prefix="raylab-sql-"))
+    settings: dict[str, Any] = {
+        "file_search_path": str(root),
+        "temp_directory": spill,
+        "arrow_large_buffer_size": "true",
+    }
+    settings["autoinstall_known_extensions"] = "false"  # no downloads
+    connection = stack.enter_context(duckdb.connect(":memory:", config=settings))
+    # Without this a query could read our own variables as tables.
+    connection.execute("set python_enable_replacements = false; set enable_progress_bar = false")
+
+    def attempt(act: Callable[[], Any]) -> Any:
+        try:
+            return act()
+        except Exception as error:
+            raise _SourceError(f"sql: {_explain_query_error(error, sql, root)}") from None
+
+    statements = attempt(lambda: connection.extract_statements(sql))
+    if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
+        raise _SourceError("sql: must be one select statement")
+    relation = attempt(lambda: connection.sql(sql))
+
+    def read(columns: list[str]) -> pa.Table:
+        names = ", ".join('"' + column.replace('"', '""') + '"' for column in columns)
+        return attempt(lambda: relation.project(names).to_arrow_table())
+
+    return [Part("the query", relation.columns, read, {})]
+
+
+def _find_shadow(sql: str, root: Path) -> str | None:
+    """A file named in the query that DuckDB would find in the current folder before it looks into `root`."""
+    if root == Path.cwd():
+        return None
+    for name in re.findall(r"'([^'\n]+)'", sql) + re.findall(r'"([^"\n]+)"', sql):
+        if "." in name and not Path(name).is_absolute() and any(Path(found).is_file() for found in glob.glob(name)):
+            return str(name)
+    return None
+
+
+def _explain_query_error(error: Exception, sql: str, root: Path) -> str:
+    """What is wrong with a query. DuckDB's words are used only where all that they quote is in the query itself."""
+    import duckdb
+
+    kind, message = type(error).__name__, str(error).split("\n")[0].strip()
+    quoted = re.findall(r'"([^"]*)"', message) + re.findall(r"'([^']*)'", message)
+    safe = len(message) < 300 and all(word.lower() in sql.lower() for word in quoted)
+    if safe and isinstance(error, duckdb.ParserException | duckdb.BinderException | duckdb.CatalogException):
+        return f"{message}: correct the query"
+    if safe and "No files found that match the pattern" in message:
+        return f"no file matches '{quoted[0]}' in {root}: correct the name or 'root', or pass --data DIR"
+    if isinstance(error, duckdb.ConversionException):
+        return (
+            f"a value does not fit the type that the query asks for or that DuckDB guessed ({kind}): "
+            "use try_cast, or read_csv('FILE', all_varchar = true)"
+        )
+    return f"the query fails ({kind}): run it in DuckDB to see why (its message may quote rows)"
+
+
+def _check_column(column: str, key: str, parts: list[Part], ignore_case: bool, problems: list[str]) -> None:
+    """A problem for the first part that does not hold `column` exactly once."""
+    for part in parts:
+        if column not in part.names:
+            problems.append(f"{key}: {part.place} has no column '{column}'{_list_names(column, part.names)}")
+            return
+        same = [name for name in part.names if name == column or (ignore_case and name.lower() == column.lower())]
+        if len(same) > 1:
+            problems.append(f"{key}: {part.place} has {len(same)} columns '{column}': rename or leave out all but one")
+            return
+
+
+def _list_names(column: str, names: list[str]) -> str:
+    """The nearest name and all names, unless they seem to be a first row of data in a file without a header."""
+    if not all(re.fullmatch(r"([^\W\d][\w .:/()#%-]{0,63})?", name) for name in names):
+        return ": its column names are not shown, since not all look like names; is the header row missing?"
+    names = [name for name in names if name]  # pandas leaves the name of its index empty
+    lower = {name.lower(): name for name in reversed(names)}
+    near = difflib.get_close_matches(column.lower(), lower, n=1, cutoff=0.5)
+    hint = f", nearest is '{lower[near[0]]}'" if near else ""
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return f"{hint}; columns: {', '.join(names[:MAX_NAMES])}{more}"
+
+
+def _join_column(column: str, text: str, parts: list[Part], raw: list[pa.Table]) -> pa.ChunkedArray:
+    """A column of all parts as large_string; each part is converted by itself, since types differ between files."""
+    chunks = []
+    for part, table in zip(parts, raw, strict=True):
+        values = table[column]
+        kind = part.guesses.get(column, values.type) if column == text else values.type
+        try:
+            if column == text and not _is_text(kind):
+                raise _SourceError(f"is of type {_show_type(kind)}, and text must be strings: name another column")
+            strings = _to_strings(values)
+        except _SourceError as refusal:
+            raise _SourceError(f"column '{column}' of {part.place} {refusal}") from None
+        if column != text:
+            strings = pc.if_else(pc.equal(strings, ""), None, strings)
+        chunks += strings.chunks
+    return pa.chunked_array(chunks, pa.large_string())
+
+
+def _is_string(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    # Null: a part in which every text is missing. Binary is a csv file's guess for strings that are not UTF-8; in
+    # other formats it is a type, which _to_strings refuses.
+    return _is_string(kind) or pa.types.is_null(kind) or pa.types.is_binary(kind)
+
+
+def _show_type(kind: pa.DataType) -> str:
+    """A type without what stands in <>: the keys of a JSON object may be data."""
+    return str(kind).split("<")[0]
+
+
+def _to_strings(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column as large_string; strings share their bytes with it."""
+    if isinstance(column.type, pa.BaseExtensionType):
+        column = pa.chunked_array([chunk.storage for chunk in column.chunks], column.type.storage_type)
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    kind = column.type
+    if _is_string(kind):
+        column = column.cast(pa.large_binary())  # a cast from string to string would not check the bytes
+        try:
+            return column.cast(pa.large_string())
+        except pa.ArrowInvalid:
+            raise _SourceError(
+                f"has {_count_not_utf8(column):,} rows that are not UTF-8: write the file as UTF-8"
+            ) from None
+    if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+        if pa.types.is_floating(kind):
+            column = pc.if_else(pc.is_nan(column), None, column)
+        try:
+            column = column.cast(pa.int64())
+        except pa.ArrowException:
+            raise _SourceError(
+                f"is of type {_show_type(kind)} with values that are not whole numbers: name another column or make it "
+                "strings (cut into ranges, say) with sql"
+            ) from None
+    elif not any(check(kind) for check in PLAIN_TYPES):
+        raise _SourceError(f"is of type {_show_type(kind)}: name another column or make it a string with sql")
+    try:
+        return column.cast(pa.large_string())
+    except pa.ArrowException:  # a time zone without its data, say
+        raise _SourceError(f"of type {_show_type(kind)} cannot be made a string: do it with sql") from None
+
+
+PLAIN_TYPES = (
+    pa.types.is_integer,
+    pa.types.is_boolean,
+    pa.types.is_date,
+    pa.types.is_time,
+    pa.types.is_timestamp,
+    pa.types.is_null,
+)
+
+
+def _count_not_utf8(column: pa.ChunkedArray) -> int:
+    """Rows of a large_binary column that do not decode; one at a time, as only a wrong file gets here."""
+
+    def is_wrong(value: bytes | None) -> bool:
+        try:
+            (value or b"").decode()
+        except UnicodeDecodeError:
+            return True
+        return False
+
+    return sum(is_wrong(value.as_py()) for chunk in column.chunks for value in chunk)
+
+
+def _number_rows(num_rows: int) -> pa.ChunkedArray:
+    return pa.chunked_array([pa.array(range(num_rows), pa.int64()).cast(pa.large_string())])
+
+
+def _find_blank(text: pa.ChunkedArray) -> pa.ChunkedArray:
+    """True where text is null, empty or white space only."""
+    return pc.fill_null(pc.or_(pc.utf8_is_space(text), pc.equal(pc.binary_length(text), 0)), True)
+
+
+def _check_rows(table: Table, result: pa.Table, where: str, problems: list[str]) -> None:
+    """Problems of the kept rows: none left, ids null or not unique, groups null. Counts only, no values."""
+    if not result.num_rows:
+        problems.append(f"{where}.text: column '{table.text}' is empty in every row: name another column")
+    null_ids = result["id"].null_count
+    if null_ids:
+        problems.append(f"{where}.id: column '{table.id}' is null in {null_ids:,} rows: fill them or leave out 'id'")
+    repeated = result.num_rows - null_ids - pc.count_distinct(result["id"], mode="only_valid").as_py()
+    if repeated:
+        problems.append(
+            f"{where}.id: {repeated:,} rows repeat an id of column '{table.id}': ids must be unique; name another "
+            "column, leave out the repeats with sql, or leave out 'id'"
+        )
+    null_groups = result["group"].null_count if table.group is not None else 0
+    if null_groups:
+        problems.append(
+            f"{where}.group: column '{table.group}' is null in {null_groups:,} rows: fill them, filter them with sql, "
+            "or leave out 'group'"
+        )

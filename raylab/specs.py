@@ -1,0 +1,380 @@
+"""The job file as frozen pydantic models: a setting's dotted name is its path here, in YAML, in tables and in docs."""
+
+import re
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+PARTS = ("train", "validation", "test")
+
+
+class Model(BaseModel):
+    """Frozen, no unknown keys, no silent conversions, no NaN."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)
+
+
+class Table(Model):
+    """A table of texts: files by `path`, or a query by `sql` (DuckDB), and the columns to read."""
+
+    path: str | None = Field(None, description="a file, a folder of files of one kind, or a saved Hugging Face dataset")
+    sql: str | None = Field(None, description="a DuckDB query over files; must order its rows by itself or by `id`")
+    root: str | None = Field(None, description="where relative paths in `sql` start; the job file's folder by default")
+    format: Literal["csv", "jsonl", "parquet", "hf"] | None = Field(None, description="null: by the file's ending")
+    text: str
+    id: str | None = Field(None, description="a column of unique row names; null: rows are numbered")
+    group: str | None = Field(None, description="rows of one group (a patient) never stand on two sides of a split")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.path is None) == (self.sql is None):
+            raise ValueError("needs exactly one of 'path' and 'sql'")
+        return self
+
+
+class Task(Table):
+    """A table of texts with a label to predict."""
+
+    label: str
+    min_class_size: int = Field(1, ge=1, description="classes with fewer training rows are left out, counted")
+
+
+class Split(Model):
+    """Which rows train, validate and test: fractions of the groups, or a column that says it."""
+
+    train: Fraction = 0.7
+    validation: Fraction = 0.1
+    test: Fraction = 0.2
+    seed: Seed = 0
+    vary: bool = Field(False, description="true: each trial's seed makes its own split")
+    column: str | None = Field(None, description="a column of every table that names the part")
+    values: dict[Literal["train", "validation", "test"], tuple[str, ...]] | None = Field(
+        None, description="the column's values for each part; null: the parts' own names"
+    )
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> Self:
+        written = self.model_fields_set
+        if self.column is None:
+            if self.values is not None:
+                raise ValueError("'values' needs 'column'")
+            if abs(self.train + self.validation + self.test - 1) > 1e-9:
+                raise ValueError("train, validation and test must add up to 1")
+            if min(self.train, self.validation) == 0:
+                raise ValueError("train and validation must be above 0")
+        elif written & {"train", "validation", "test", "seed", "vary"}:
+            raise ValueError("'column' decides the split: leave out train, validation, test, seed and vary")
+        return self
+
+
+class Corpus(Model):
+    """Texts to pre-train on, labelled tasks to evaluate on, one split of both."""
+
+    documents: Table
+    tasks: dict[Name, Task] = Field(min_length=1)
+    split: Split = Split()
+    max_length: int = Field(256, ge=16, le=8192, description="tokens that enter the encoder at once, special ones too")
+    long_documents: Literal["truncate", "windows"] = Field(
+        "truncate", description="beyond max_length: cut off, or cut into windows (pooled over all tokens)"
+    )
+
+
+class EncoderConfig(Model):
+    """A RoBERTa encoder from scratch."""
+
+    hidden_size: int = Field(256, ge=8)
+    num_hidden_layers: int = Field(4, ge=1)
+    num_attention_heads: int = Field(4, ge=1)
+    intermediate_size: int = Field(1024, ge=8)
+    dropout: float = Field(0.1, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError("hidden_size must be a multiple of num_attention_heads")
+        return self
+
+
+class Tokenizer(Model):
+    """A byte-level BPE tokenizer trained on the training split."""
+
+    vocab_size: int = Field(16_000, ge=300, le=200_000)
+
+
+class Encoder(Model):
+    """Where the encoder starts: a Hugging Face model, an own trial's encoder, or from scratch."""
+
+    pretrained: str | None = Field(None, description="a Hugging Face name or a directory")
+    revision: str | None = Field(None, description="a commit, tag or branch of a Hugging Face name")
+    trial: str | None = Field(None, description="the trial_id of an own, complete trial")
+    config: EncoderConfig | None = Field(None, description="from scratch, with a tokenizer of its own")
+    tokenizer: Tokenizer | None = None
+
+    @model_validator(mode="after")
+    def _one_start(self) -> Self:
+        if sum(start is not None for start in (self.pretrained, self.trial, self.config)) != 1:
+            raise ValueError("needs exactly one of 'pretrained', 'trial' and 'config'")
+        if (self.config is None) != (self.tokenizer is None):
+            raise ValueError("'config' and 'tokenizer' belong together: from scratch, both are made")
+        if self.revision is not None and self.pretrained is None:
+            raise ValueError("'revision' needs 'pretrained'")
+        return self
+
+
+class Mlm(Model):
+    """Masked-language modelling, dynamic 80/10/10 (BERT, arXiv 1810.04805; RoBERTa, arXiv 1907.11692)."""
+
+    mask_fraction: float = Field(0.15, gt=0, lt=1)
+    weight: float = Field(1.0, ge=0)
+
+
+class Declutr(Model):
+    """Anchors and positives (DeCLUTR, arXiv 2006.03659); spans in tokens without special ones."""
+
+    num_anchors: int = Field(1, ge=1, le=16)
+    num_positives: int = Field(2, ge=1, le=16)
+    max_span: int = Field(128, ge=2)
+    min_span: int = Field(32, ge=1)
+    sampling: Literal["any", "adjacent", "subsuming"] = "any"
+    temperature: Positive = 0.05
+    min_document_length: int | None = Field(None, ge=2, description="null: what short_documents asks for")
+    short_documents: Literal["drop", "shrink", "refuse"] = Field(
+        "drop",
+        description="under 2 x num_anchors x max_span tokens: drop, shrink the spans down to min_span, or refuse",
+    )
+    weight: Positive = 1.0
+
+    @model_validator(mode="after")
+    def _spans_fit(self) -> Self:
+        if self.min_span > self.max_span:
+            raise ValueError(f"min_span ({self.min_span}) must not exceed max_span ({self.max_span})")
+        floor = self.shortest_document()
+        if self.min_document_length is not None and self.min_document_length < floor:
+            raise ValueError(f"min_document_length must be {floor} or more for these spans (or null)")
+        return self
+
+    def shortest_document(self) -> int:
+        """Tokens that the spans need at least: 2 x anchors x span, the smallest span where spans may shrink."""
+        return 2 * self.num_anchors * (self.min_span if self.short_documents == "shrink" else self.max_span)
+
+
+class Metadata(Model):
+    """Prediction of a document's category from its pooled embedding (arXiv 2403.19802)."""
+
+    field: str | None = Field(None, description="a column of corpus.documents")
+    loss: Literal["cross_entropy", "supervised_contrastive"] = "cross_entropy"
+    temperature: Positive = Field(0.1, description="supervised_contrastive only")
+    weight: Positive = 1.0
+
+
+class Pretrain(Model):
+    """The objective and its budget."""
+
+    objective: Literal["none", "mlm", "declutr", "metadata"] = "mlm"
+    num_tokens: int = Field(1_000_000, ge=1, description="non-padding tokens entering the encoder, positives included")
+    rungs: int = Field(1, ge=1, le=100, description="checkpoints and evaluations on the way, evenly spaced in tokens")
+    batch_tokens: int = Field(8192, ge=16, description="tokens an optimiser step, over all workers")
+    accumulation: int = Field(1, ge=1, description="parts a step is cut into; contrastive negatives stay within a part")
+    learning_rate: Positive = 5e-5
+    weight_decay: float = Field(0.1, ge=0)
+    warmup_fraction: Fraction = Field(
+        0.1, description="share of the budget with rising learning rate; then linear decay"
+    )
+    max_grad_norm: Positive = 1.0
+    mlm: Mlm = Mlm()
+    declutr: Declutr = Declutr()
+    metadata: Metadata = Metadata()
+
+
+class FineTune(Model):
+    """Training of the layers above the frozen ones with a head on the pooled embedding; fixed, chosen on no split."""
+
+    steps: int = Field(100, ge=1)
+    batch_size: int = Field(16, ge=1)
+    learning_rate: Positive = 1e-4
+    weight_decay: float = Field(0.01, ge=0)
+    hidden_size: int = Field(128, ge=1, description="width of the head's hidden layer")
+
+
+class Geometry(Model):
+    """What is measured of the embedding space, on validation rows."""
+
+    thresholds: tuple[float, ...] = (0.5, 0.7, 0.9)
+    max_points: int = Field(2000, ge=10)
+    graph_points: int = Field(500, ge=10)
+
+    @field_validator("thresholds")
+    @classmethod
+    def _cosines(cls, thresholds: tuple[float, ...]) -> tuple[float, ...]:
+        if any(not -1 <= threshold <= 1 for threshold in thresholds):
+            raise ValueError("cosine thresholds lie between -1 and 1")
+        return thresholds
+
+
+class Retrieval(Model):
+    """Held-out retrieval: a validation span finds the span that follows it among those of other documents."""
+
+    span: int = Field(32, ge=4, description="tokens of an anchor and of its positive, at most")
+    candidates: int = Field(256, ge=2)
+
+
+class Evaluate(Model):
+    """What is scored at each rung, on validation."""
+
+    tasks: tuple[Name, ...] | None = Field(None, description="null: all of corpus.tasks")
+    shots: tuple[Annotated[int, Field(ge=1)] | Literal["full"], ...] = Field((8, 32), min_length=1)
+    frozen_layers: tuple[str, ...] = Field(("all",), min_length=1, description="all, none, embeddings, or '1' to 'N'")
+    draws: int = Field(5, ge=1, le=1000)
+    probes: tuple[Literal["logistic", "mlp"], ...] = Field(("logistic", "mlp"), min_length=1)
+    selection: Literal["fixed", "cross_validation"] = Field(
+        "fixed", description="probe hyper-parameters: fixed, or chosen by cross-validation within the shots"
+    )
+    fine_tune: FineTune = FineTune()
+    geometry: Geometry = Geometry()
+    retrieval: Retrieval = Retrieval()
+
+    @field_validator("frozen_layers")
+    @classmethod
+    def _depths(cls, depths: tuple[str, ...]) -> tuple[str, ...]:
+        for depth in depths:
+            if depth not in ("all", "none", "embeddings") and not re.fullmatch(r"[1-9][0-9]*", depth):
+                raise ValueError(f"'{depth}' is not a depth: use all, none, embeddings or a number of layers in quotes")
+        return depths
+
+    @model_validator(mode="after")
+    def _no_repeats(self) -> Self:
+        for field in ("tasks", "shots", "frozen_layers", "probes"):
+            values = getattr(self, field) or ()
+            if len(set(values)) < len(values):
+                raise ValueError(f"'{field}' names a value twice")
+        return self
+
+
+class Target(Model):
+    """The value a search optimises: a validation score or geometry, mean over draws and seeds, at the last rung."""
+
+    table: Literal["scores", "geometry"] = "scores"
+    task: str
+    metric: str = "f1_macro"
+    shots: Annotated[int, Field(ge=1)] | Literal["full"] | None = Field(None, description="null: the first of evaluate")
+    frozen_layers: str = "all"
+    probe: str | None = Field(None, description="null: the first of evaluate")
+    parameter: float | None = Field(None, description="geometry only: threshold or exponent")
+    mode: Literal["max", "min"] = "max"
+
+
+class Confirm(Model):
+    """The best arms of a search run again on fresh seeds, to the end: only these are ranked."""
+
+    top: int = Field(3, ge=1)
+    seeds: tuple[Seed, ...] = Field((1, 2, 3), min_length=1)
+
+
+class Choices(Model):
+    """A listed set of values."""
+
+    choices: tuple[Any, ...] = Field(min_length=1)
+    when: dict[str, Any] | None = Field(None, description="earlier setting -> value or list of values it must have")
+
+
+class Range(Model):
+    """A range of numbers, both ends included; integers where the setting is one."""
+
+    low: float
+    high: float
+    log: bool = False
+    step: float | None = Field(None, gt=0, description="a grid needs it for floats")
+    when: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.low >= self.high:
+            raise ValueError("low must be under high")
+        if self.log and (self.low <= 0 or self.step is not None):
+            raise ValueError("a log range starts above 0 and has no step")
+        return self
+
+
+class Search(Model):
+    """Which arms are run on which seeds."""
+
+    space: dict[str, Choices | Range] = Field(
+        {}, description="dotted setting -> choices or range; or a YAML file of it"
+    )
+    design: Literal["grid", "random", "tpe"] = "grid"
+    num_arms: int | None = Field(None, ge=1, description="random and tpe: how many arms are searched")
+    seeds: tuple[Seed, ...] = Field((0,), min_length=1)
+    sampler_seed: Seed = 0
+    targets: tuple[Target, ...] = Field((), max_length=1)
+    early_stopping: Literal["none", "successive_halving"] = "none"
+    confirm: Confirm | None = None
+
+    @model_validator(mode="after")
+    def _design_fits(self) -> Self:
+        if self.design == "grid":
+            if self.num_arms is not None:
+                raise ValueError("'num_arms' is for random and tpe: a grid runs every point")
+            if self.confirm is not None:
+                raise ValueError("'confirm' is for random and tpe: a grid runs every arm on every seed")
+            if self.early_stopping != "none":
+                raise ValueError("a grid runs to the end: 'early_stopping' must be none")
+        else:
+            for needed in ("num_arms", "targets", "space"):
+                if not getattr(self, needed):
+                    raise ValueError(f"design '{self.design}' needs '{needed}'")
+        for where, seeds in (("seeds", self.seeds), ("confirm.seeds", self.confirm.seeds if self.confirm else ())):
+            if len(set(seeds)) < len(seeds):
+                raise ValueError(f"'{where}' names a seed twice")
+        if self.confirm and set(self.confirm.seeds) & set(self.seeds):
+            raise ValueError("confirm.seeds must be fresh: none of them may be among seeds")
+        return self
+
+
+class Limits(Model):
+    """When a sweep ends by itself."""
+
+    hours: Positive | None = Field(None, description="no new trial starts after so many hours of this command")
+
+
+class Resources(Model):
+    """What one trial gets; changes no result."""
+
+    workers: int = Field(1, ge=1, description="2 or more: data-parallel through Ray Train")
+    cpus_per_worker: int = Field(1, ge=1)
+    gpus_per_worker: float | None = Field(None, ge=0, description="null: 1 where the cluster has GPUs, else 0")
+    max_concurrent_trials: int | None = Field(None, ge=1, description="null: as many as fit")
+
+
+class Job(Model):
+    """A whole job: `raylab schema` prints this as JSON Schema."""
+
+    name: Name
+    corpus: Corpus
+    encoder: Encoder
+    pretrain: Pretrain = Pretrain()
+    evaluate: Evaluate = Evaluate()
+    search: Search = Search()
+    limits: Limits = Limits()
+    resources: Resources = Resources()
+
+
+class TrialSpec(Model):
+    """All that one trial needs, as plain JSON: settings, seed, and where its prepared inputs lie. No text."""
+
+    job: Name
+    arm: str
+    trial_id: str
+    phase: Literal["search", "confirm", "fixed"]
+    seed: Seed
+    settings: Job
+    results: str = Field(description="the results folder")
+    corpus: str = Field(description="stage id of the coded corpus")
+    tokens: dict[str, str] = Field(description="table -> stage id of its tokens")
+    tokenizer: str = Field(description="stage id of the tokenizer")
+    encoder_digest: str = Field(description="digest of the weights it starts from, or of the scratch config")
+    encoder_path: str | None = Field(None, description="where those weights are: a name or directory")
+    data_digest: str

@@ -1,0 +1,526 @@
+"""A synthetic corpus of clinical-looking notes whose structure is known: for demos, tests and benchmarks.
+
+A patient has a latent condition and three problems drawn from the condition's mix. Each note has its main one of them;
+each sentence is about one, and the next sentence mostly stays with it. Words come from short lists under one Zipf law:
+a list per problem, severity, outcome and category. Drugs, people, dates and a few words recur inside a note, so that
+two spans of one note resemble each other more than spans of two notes of a class. All names and figures are made up.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+TASKS = {
+    "condition": ["cardiac", "renal", "respiratory", "neurologic", "endocrine", "infectious"],
+    "severity": ["mild", "moderate", "severe"],
+    "outcome": ["recovered", "readmitted"],
+}
+CATEGORIES = ["discharge_summary", "nursing", "radiology", "physician", "consult"]
+WARDS = ["north", "east", "south", "west"]
+SERVICES = ["medicine", "surgery", "specialty", "intensive", "transitional"]
+COLUMNS = ["note_id", "patient", "text", "category", "ward", "service", *TASKS]
+MIN_WORDS = 30
+ROW_GROUP = 5_000  # notes held in memory at once: about 8 MB of text
+
+CONDITION_SHARES = np.array([0.22, 0.19, 0.17, 0.15, 0.14, 0.13])
+SEVERITY_SHARES = np.array([0.4, 0.35, 0.25])
+CATEGORY_SHARES = np.array([0.14, 0.3, 0.22, 0.22, 0.12])
+MEDIAN_WORDS = np.array([330.0, 110.0, 100.0, 190.0, 160.0])
+SIGMA_WORDS = np.array([0.65, 0.5, 0.45, 0.6, 0.55])  # of the logarithm of the length
+SERVICE_TIE = 0.7  # chance that the service is the one of the condition; otherwise any, uniformly
+OUTCOME_CHANCE = 0.9  # chance that the outcome is the one that the rule gives
+NUM_PROBLEMS = 18  # three belong to each condition
+OWN_PROBLEMS = 0.9  # share of a condition's mix that lies on its own problems
+LIST_SIZE = 128  # words a list
+PROBLEMS_A_PATIENT = 3
+PROBLEM_SHARES = np.array([0.5, 0.3, 0.2])  # of a note's turns; each note puts the patient's problems in its own order
+SWITCH = 0.3  # chance that a sentence turns to another problem of the note
+
+# Slots of a template. The first group draws from a list under the Zipf law, the second repeats what the note has fixed.
+# The figure is the chance of drawing from the list of the problem or class, not from the one that all share.
+LIST_SLOTS = {
+    "topic": 0.8,
+    "phrase_a": 0.9,
+    "phrase_b": 0.9,  # same draw as the phrase_a before it: a fixed phrase
+    "modifier": 0.75,
+    "course": 0.85,
+    "style": 0.7,
+    "header": 1.0,
+    "general": 1.0,
+    "join": 1.0,
+}
+FIXED_SLOTS = ["drug", "dose", "date", "person", "recurring", "vital"]
+SLOTS = [*LIST_SLOTS, *FIXED_SLOTS]
+STRENGTH = np.array([*LIST_SLOTS.values(), *[1.0] * len(FIXED_SLOTS)])
+
+TEMPLATES = """
+the patient reports {topic} {join} {topic} since {date}
+there is {modifier} {topic} of the {phrase_a} {phrase_b}
+started on {drug} {dose} mg daily for {topic}
+{drug} {dose} mg was continued and the {topic} was {course}
+seen by Dr {person} who noted {modifier} {phrase_a} {phrase_b} {join} {topic}
+{phrase_a} {phrase_b} remains {modifier} {join} {recurring}
+no evidence of {topic} {join} {topic} on this {style}
+{general} {style} was {course} after {drug} on {date}
+the {recurring} is {modifier} with a reading of {vital} and {topic}
+discussed with Dr {person} about {recurring} and the {general}
+{modifier} {topic} {join} {modifier} {topic} was found in the {style}
+plan is to {general} the {phrase_a} {phrase_b} and review {recurring}
+on examination {topic} was {modifier} at {vital} per minute
+he was {course} and the {general} was {course}
+she remains {course} {join} {general} since the {topic}
+in summary a {modifier} {phrase_a} {phrase_b} that is {course}
+{recurring} and {topic} were compared to {date} and are {course}
+for the {style} we will {general} and {general} with {topic}
+the {style} of {date} showed {topic} {join} {recurring}
+given {topic} and {vital} units of {drug} the {style} was repeated
+it was {general} that {phrase_a} {phrase_b} {join} {recurring} may be {modifier}
+we thank Dr {person} for the {style} of this {general} patient
+overall {course} with {general} {join} {topic} under {drug}
+""".strip().splitlines()
+
+HEADERS = [
+    "Admission: Course: Disposition: Medications: Followup: Diagnosis:",
+    "Shift: Intake: Comfort: Skin: Safety: Plan:",
+    "Technique: Comparison: Findings: Impression: Indication: Views:",
+    "Subjective: Objective: Assessment: Plan: Exam: Overnight:",
+    "Question: Opinion: Recommendations: Background: Exam: Referral:",
+]
+JOINS = "and with of in for to without or from by after before during despite under near over at"
+MODIFIERS = (
+    "trivial minimal slight faint occasional gentle soft small intermittent light tolerable modest partial limited "
+    "persistent noticeable variable mixed regular definite evident recurrent distinct diffuse marked intense extensive "
+    "gross critical profound extreme worrying unremitting florid massive overwhelming"
+)
+COURSES = (
+    "better resolved settled comfortable eating walking independent stronger steady resting improving clearing stable "
+    "unchanged monitored slow tired uncertain fluctuating delayed weaker confused relapsing failing worse declining"
+)
+STEMS = (
+    "cardi nephr pulm neur gastr hepat derm oste arthr my angi hem lymph thyr adren pancre cyst enter col bronch "
+    "trache laryng ot rhin ophth kerat encephal mening phleb arter ven thromb cost spondyl tend fasci lip gluc kal "
+    "natr calc ferr vol mur tor bel sor gan pil ral dux fen"
+)
+NOUN_ENDS = (
+    "itis osis emia algia opathy oma ectasia uria edema plegia trophy rrhage spasm stasis lysis genesis megaly ptosis "
+    "sclerosis graphy metry scopy tomy plasty rrhea pnea phasia penia cele lith oid ase ine ulation ence ement"
+)
+ADJECTIVE_ENDS = "al ic ous ar oid ile ent ive"
+GENERAL_ENDS = "er ate ify ing ward et ment ure ish esque"
+DRUG_STARTS = "zel vor qui mal tev ryx nol bax dru fep lom ixa sud cav jor"
+DRUG_MIDDLES = "ata ori ume ilo ena axi ope uva"
+DRUG_ENDS = "zolin draxa mibrel vantin sorpa culex tirol pexan"
+NAME_STARTS = "Vorl Zeqn Krav Thul Brax Yord Quil Snev Drox Plim Gwez Jask Fleb Morq Trez"
+NAME_MIDDLES = "ax ep ul ov iq ez ob ur"
+NAME_ENDS = "wick dorn quist mazh feld nox tarl pov"
+MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec"
+
+
+@dataclass(frozen=True)
+class Language:
+    """All that one seed fixes for every patient: the words, the lists and the hidden rules.
+
+    words[4, V]: each word with its trailing space; row 1 ends a sentence, row 2 starts one, row 3 does both.
+    table[rows, LIST_SIZE]: word ids, most frequent first; law[LIST_SIZE]: cumulative Zipf law over the ranks.
+    first_row: first row of each kind of list; neutral[slots]: the row that replaces a slot's own row.
+    slots, starts, lengths: the templates laid end to end; a slot is a word id, or -(slot number + 1). The second half
+    of the templates is the first half with a header before.
+    template_order[categories, T]: templates by frequency; template_law[T].
+    mix[conditions, problems]: chances, rows sum to 1; threshold[conditions]: lowest severity with a bad outcome.
+    """
+
+    words: np.ndarray
+    table: np.ndarray
+    law: np.ndarray
+    first_row: dict[str, int]
+    neutral: np.ndarray
+    slots: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
+    template_order: np.ndarray
+    template_law: np.ndarray
+    mix: np.ndarray
+    threshold: np.ndarray
+    service_of: np.ndarray
+    drugs: np.ndarray
+    people: np.ndarray
+    dates: np.ndarray
+    numbers: np.ndarray
+
+
+def write_notes(
+    directory: Path,
+    *,
+    num_notes: int = 2000,
+    seed: int = 0,
+    label_noise: float = 0.05,
+    max_words: int = 3000,
+) -> dict[str, Any]:
+    """Write `directory/notes.parquet` and `directory/synth.json`; return the counts.
+
+    A row of the table is a note: COLUMNS, all strings. `patient` is the group to split by. `category` shows in the
+    text, `service` depends on the condition, `ward` on nothing. `label_noise` is the share of labels, in each task by
+    itself, that are replaced by another class of the task, uniformly; it changes neither the text nor the metadata. A
+    note has MIN_WORDS to `max_words` words, split at blanks. The first notes are the same for any `num_notes`.
+    Memory does not grow with `num_notes`: rows leave in groups of ROW_GROUP. Each file is replaced whole, or left as
+    it was.
+
+    Returns {"notes", "patients", "words": int, "classes": {task: {class: notes with that label}}}.
+    `synth.json` holds the arguments, the true structure and that summary, and no note.
+    Raises ValueError, before anything is written, for an argument out of range.
+    """
+    _check_arguments(num_notes=num_notes, seed=seed, label_noise=label_noise, max_words=max_words)
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    language = _build_language(seed)
+    classes: dict[str, Counter[str]] = {task: Counter({name: 0 for name in names}) for task, names in TASKS.items()}
+    num_patients = num_words = num_done = 0
+    rows: dict[str, list[str]] = {column: [] for column in COLUMNS}
+    schema = pa.schema([pa.field(column, pa.string(), nullable=False) for column in COLUMNS])
+    beside = directory / f".notes.parquet.{os.getpid()}"
+    try:
+        with pq.ParquetWriter(
+            beside, schema, compression="zstd", use_dictionary=[c for c in COLUMNS if c not in ("note_id", "text")]
+        ) as writer:
+            while num_done < num_notes:
+                notes, lengths = _build_patient(
+                    language, seed=seed, patient=num_patients, label_noise=label_noise, max_words=max_words
+                )
+                take = min(len(lengths), num_notes - num_done)
+                for column, values in notes.items():
+                    rows[column].extend(values[:take])
+                for task, counter in classes.items():
+                    counter.update(notes[task][:take])
+                num_patients += 1
+                num_words += int(lengths[:take].sum())
+                num_done += take
+                if len(rows["text"]) >= ROW_GROUP or num_done == num_notes:
+                    table = pa.table(rows, schema=schema)
+                    writer.write_table(table.slice(0, ROW_GROUP), row_group_size=ROW_GROUP)
+                    if num_done == num_notes and table.num_rows > ROW_GROUP:
+                        writer.write_table(table.slice(ROW_GROUP), row_group_size=ROW_GROUP)
+                    rows = {column: values[ROW_GROUP:] for column, values in rows.items()}
+        os.replace(beside, directory / "notes.parquet")
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            beside.unlink()
+    summary: dict[str, Any] = {
+        "notes": num_done,
+        "patients": num_patients,
+        "words": num_words,
+        "classes": {task: dict(counter) for task, counter in classes.items()},
+    }
+    arguments = {"num_notes": num_notes, "seed": seed, "label_noise": label_noise, "max_words": max_words}
+    described = {"arguments": arguments, "structure": _describe(language), "summary": summary}
+    beside = directory / f".synth.json.{os.getpid()}"
+    try:
+        beside.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+        os.replace(beside, directory / "synth.json")
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            beside.unlink()
+    return summary
+
+
+def _check_arguments(*, num_notes: int, seed: int, label_noise: float, max_words: int) -> None:
+    """Raise one ValueError that names every argument out of range."""
+    mistakes = []
+    if num_notes < 1:
+        mistakes.append(f"num_notes is {num_notes}: it must be at least 1")
+    if seed < 0:
+        mistakes.append(f"seed is {seed}: it must be at least 0")
+    if not 0 <= label_noise < 1:
+        mistakes.append(f"label_noise is {label_noise}: it must be at least 0 and less than 1")
+    if max_words < MIN_WORDS:
+        mistakes.append(f"max_words is {max_words}: it must be at least {MIN_WORDS}, the shortest note")
+    if mistakes:
+        raise ValueError("; ".join(mistakes))
+
+
+def _combine(*parts: str) -> list[str]:
+    """Every word made of one piece of each part; a part is its pieces between blanks."""
+    return ["".join(pieces) for pieces in itertools.product(*(part.split() for part in parts))]
+
+
+def _zipf_law(size: int, *, exponent: float) -> np.ndarray:
+    """Cumulative chances [size] of ranks under a Zipf law."""
+    weights = 1.0 / np.arange(1, size + 1) ** exponent
+    return np.cumsum(weights) / weights.sum()
+
+
+def _draw(cumulative: np.ndarray, uniform: np.ndarray) -> np.ndarray:
+    """Index of each uniform draw in a cumulative law; the rounded last step may lie just below 1."""
+    return np.minimum(np.searchsorted(cumulative, uniform, side="right"), len(cumulative) - 1)
+
+
+def _order_along_scale(words: list[str], num_classes: int, rng: np.random.Generator) -> list[list[str]]:
+    """For each class the same words, those near the class's place on the scale first, with much disorder."""
+    place = np.linspace(0, 1, len(words))
+    centres = np.linspace(0, 1, num_classes)
+    return [[words[i] for i in np.argsort(np.abs(place - c) + rng.normal(0, 0.2, len(words)))] for c in centres]
+
+
+def _build_language(seed: int) -> Language:
+    """Everything that all patients of a seed share."""
+    rng = np.random.default_rng([seed, 0])
+    ids: dict[str, int] = {}
+
+    def number(words: list[str]) -> np.ndarray:
+        return np.array([ids.setdefault(word, len(ids)) for word in words])
+
+    def shuffled(starts: str, ends: str) -> list[str]:
+        words = _combine(starts, ends)
+        return [words[i] for i in rng.permutation(len(words))]
+
+    nouns = shuffled(STEMS, NOUN_ENDS)
+    # The first words of phrases appear nowhere else, so that the second is predictable from the first.
+    phrase_firsts, topic_words = nouns[:360], nouns[360:1560]
+    adjectives = shuffled(STEMS, ADJECTIVE_ENDS)
+    modifiers, courses, phrase_seconds = MODIFIERS.split(), COURSES.split(), adjectives[:180]
+    generals = shuffled(STEMS, GENERAL_ENDS)
+
+    def some(words: list[str], size: int = LIST_SIZE) -> list[str]:
+        return [words[i] for i in rng.choice(len(words), size, replace=False)]
+
+    first_row: dict[str, int] = {}
+    lists: list[list[str]] = []
+
+    def add(kind: str, new: list[list[str]]) -> None:
+        first_row[kind] = len(lists)
+        # A short list is repeated: its law stays steep, its tail is flatter.
+        lists.extend([(words * LIST_SIZE)[:LIST_SIZE] for words in new])
+
+    # Problems share words: each list takes 128 of 1,200, so a word serves about two problems.
+    add("topic", [some(topic_words) for _ in range(NUM_PROBLEMS)])
+    phrases = list(zip(phrase_firsts, [phrase_seconds[i] for i in rng.integers(180, size=360)], strict=True))
+    chosen = [[phrases[i] for i in rng.choice(360, 16, replace=False)] for _ in range(NUM_PROBLEMS)]
+    add("phrase_a", [[first for first, _ in pairs] for pairs in chosen])
+    add("phrase_b", [[second for _, second in pairs] for pairs in chosen])
+    add("modifier", _order_along_scale(modifiers, len(TASKS["severity"]), rng))
+    add("course", _order_along_scale(courses, len(TASKS["outcome"]), rng))
+    add("style", [some(generals[:300], 64) for _ in CATEGORIES])
+    add("header", [headers.split() for headers in HEADERS])
+    add("general", [generals[300 : 300 + LIST_SIZE]])
+    add("join", [JOINS.split()])
+    common = [phrases[i] for i in rng.choice(360, 60, replace=False)]
+    add("topic_neutral", [some(topic_words)])
+    add("phrase_a_neutral", [[first for first, _ in common]])
+    add("phrase_b_neutral", [[second for _, second in common]])
+    add("modifier_neutral", [some(modifiers, len(modifiers))])
+    add("course_neutral", [some(courses, len(courses))])
+    add("style_neutral", [some(generals[:300])])
+    table = np.stack([number(words) for words in lists])
+
+    codes = {f"{{{slot}}}": -(i + 1) for i, slot in enumerate(SLOTS)}
+    plain = [[codes[w] if w in codes else int(number([w])[0]) for w in template.split()] for template in TEMPLATES]
+    templates = plain + [[codes["{header}"], *template] for template in plain]
+    lengths = np.array([len(template) for template in templates])
+    drugs = number(_combine(DRUG_STARTS, DRUG_MIDDLES, DRUG_ENDS))
+    people = number(_combine(NAME_STARTS, NAME_MIDDLES, NAME_ENDS))
+    dates = number([f"{day}-{month}" for month in MONTHS.split() for day in range(1, 29)])
+    numbers = number([str(i) for i in range(301)])
+    words = list(ids)
+    starting = [word[0].upper() + word[1:] for word in words]
+
+    num_conditions = len(TASKS["condition"])
+    mix = np.full((num_conditions, NUM_PROBLEMS), (1 - OWN_PROBLEMS) / NUM_PROBLEMS)
+    own = rng.permutation(NUM_PROBLEMS).reshape(num_conditions, -1)
+    np.put_along_axis(mix, own, np.take_along_axis(mix, own, 1) + OWN_PROBLEMS / own.shape[1], 1)
+    return Language(
+        words=np.array(
+            [
+                [f"{word} " for word in words],
+                [f"{word}. " for word in words],
+                [f"{word} " for word in starting],
+                [f"{word}. " for word in starting],
+            ],
+            dtype=object,
+        ),
+        table=table,
+        law=_zipf_law(LIST_SIZE, exponent=0.9),
+        first_row=first_row,
+        neutral=np.array([first_row.get(f"{slot}_neutral", first_row.get(slot, 0)) for slot in SLOTS]),
+        slots=np.array([code for template in templates for code in template]),
+        starts=np.concatenate([[0], np.cumsum(lengths)[:-1]]),
+        lengths=lengths,
+        template_order=np.stack([rng.permutation(len(plain)) for _ in CATEGORIES]),
+        template_law=_zipf_law(len(plain), exponent=0.5),
+        mix=mix,
+        # Half of the conditions turn bad from the middle severity on, half only at the highest.
+        threshold=rng.permutation(np.arange(num_conditions) % 2 + 1),
+        service_of=rng.permutation(num_conditions) % len(SERVICES),
+        drugs=drugs,
+        people=people,
+        dates=dates,
+        numbers=numbers,
+    )
+
+
+def _build_patient(
+    language: Language, *, seed: int, patient: int, label_noise: float, max_words: int
+) -> tuple[dict[str, list[str]], np.ndarray]:
+    """All notes of one patient: a list a column, and the words a note [notes]. Depends on nothing but the arguments."""
+    rng = np.random.default_rng([seed, 1, patient])
+    n = 1 + min(int(rng.negative_binomial(3, 0.45)), 11)
+    condition = int(_draw(np.cumsum(CONDITION_SHARES), rng.random(1))[0])
+    severity = _draw(np.cumsum(SEVERITY_SHARES), rng.random(n))
+    rule = severity >= language.threshold[condition]
+    outcome = np.where(rng.random(n) < OUTCOME_CHANCE, rule, ~rule).astype(int)
+    category = _draw(np.cumsum(CATEGORY_SHARES), rng.random(n))
+    ward = rng.integers(len(WARDS), size=n)
+    tied = rng.random(n) < SERVICE_TIE
+    service = np.where(tied, language.service_of[condition], rng.integers(len(SERVICES), size=n))
+    columns = {
+        "note_id": [f"n{patient:07d}-{i:02d}" for i in range(n)],
+        "patient": [f"p{patient:07d}"] * n,
+        "text": [],
+        "category": [CATEGORIES[i] for i in category],
+        "ward": [WARDS[i] for i in ward],
+        "service": [SERVICES[i] for i in service],
+    }
+    for (task, names), true in zip(TASKS.items(), (np.full(n, condition), severity, outcome), strict=True):
+        # Both draws are made whatever the noise, so that text and metadata are the same at any noise.
+        replaced, other = rng.random(n) < label_noise, rng.integers(1, len(names), size=n)
+        columns[task] = [names[i] for i in np.where(replaced, (true + other) % len(names), true)]
+    wanted = np.exp(rng.normal(np.log(MEDIAN_WORDS[category]), SIGMA_WORDS[category]))
+    num_words = np.clip(wanted, MIN_WORDS, max_words).astype(int)
+    columns["text"] = _build_texts(language, rng, condition, severity, outcome, category, num_words)
+    return columns, num_words
+
+
+def _build_texts(
+    language: Language,
+    rng: np.random.Generator,
+    condition: int,
+    severity: np.ndarray,
+    outcome: np.ndarray,
+    category: np.ndarray,
+    num_words: np.ndarray,
+) -> list[str]:
+    """The texts of one patient's notes; severity, outcome, category and num_words are [notes]. All notes at once: the
+    cost is that of the array calls, not of the words."""
+    n = len(num_words)
+    gumbel = -np.log(-np.log(rng.random(NUM_PROBLEMS)))
+    problems = np.argsort(-(np.log(language.mix[condition]) + gumbel))[:PROBLEMS_A_PATIENT]  # without replacement
+    drugs = rng.choice(language.drugs, PROBLEMS_A_PATIENT)
+    doses = language.numbers[5 * rng.integers(1, 41, PROBLEMS_A_PATIENT)]
+    of_note = np.argsort(rng.random((n, PROBLEMS_A_PATIENT)), axis=1)
+    people = rng.choice(language.people, (n, 2))
+    dates = language.dates[
+        (rng.integers(len(language.dates)) + np.cumsum(rng.integers(1, 30, n))) % len(language.dates)
+    ]
+    ranks = rng.integers(8, 48, (n, PROBLEMS_A_PATIENT, 2))  # words of middling frequency, to stand out in the note
+    recurring = language.table[language.first_row["topic"] + problems[of_note]][
+        np.arange(n)[:, None, None], np.arange(PROBLEMS_A_PATIENT)[None, :, None], ranks
+    ]
+
+    # Sentences: enough of the shortest kind, then cut where the note has its words.
+    num_sentences = num_words // int(language.lengths.min()) + 1
+    note = np.repeat(np.arange(n), num_sentences)
+    first = np.concatenate([[0], np.cumsum(num_sentences)[:-1]])
+    total = len(note)
+    template = language.template_order[category[note], _draw(language.template_law, rng.random(total))]
+    headed = rng.random(total) < 0.1
+    headed[first] = True
+    template = template + headed * (len(language.lengths) // 2)
+    turns = rng.random(total) < SWITCH
+    turns[first] = True
+    place = _draw(np.cumsum(PROBLEM_SHARES), rng.random(total))[
+        np.maximum.accumulate(np.where(turns, np.arange(total), 0))
+    ]
+    ends = np.cumsum(language.lengths[template])
+    begins = ends - language.lengths[template]
+    begins, ends = begins - begins[first][note], ends - begins[first][note]
+    draw_two = rng.integers(2, size=(2, total))
+    vital = language.numbers[np.clip(rng.normal(70 + 25 * severity[note], 25), 1, 300).astype(int)]
+    keep = begins < num_words[note]
+    note, template, place, begins, ends = note[keep], template[keep], place[keep], begins[keep], ends[keep]
+    draw_two, vital = draw_two[:, keep], vital[keep]
+    lengths = np.minimum(ends, num_words[note]) - begins
+
+    # What each slot means in each sentence, in the order of SLOTS: a row of the table, or the word itself.
+    which = of_note[note, place]
+    problem, row, zeros = problems[which], language.first_row, np.zeros(len(note), dtype=np.int64)
+    source = np.stack(
+        [
+            row["topic"] + problem,
+            row["phrase_a"] + problem,
+            row["phrase_b"] + problem,
+            row["modifier"] + severity[note],
+            row["course"] + outcome[note],
+            row["style"] + category[note],
+            row["header"] + category[note],
+            zeros + row["general"],
+            zeros + row["join"],
+            drugs[which],
+            doses[which],
+            dates[note],
+            people[note, draw_two[0]],
+            recurring[note, place, draw_two[1]],
+            vital,
+        ]
+    )
+    stop = np.cumsum(lengths)
+    start = stop - lengths
+    sentence = np.repeat(np.arange(len(note)), lengths)
+    word = language.slots[np.arange(len(sentence)) + (language.starts[template] - start)[sentence]]
+    open_slots = np.flatnonzero(word < 0)
+    slot = -word[open_slots] - 1
+    value = source[slot, sentence[open_slots]]
+    draws = rng.random((2, len(slot)))
+    second = np.flatnonzero(slot == SLOTS.index("phrase_b"))
+    draws[:, second] = draws[:, second - 1]
+    value = np.where(draws[0] < STRENGTH[slot], value, language.neutral[slot])
+    listed = slot < len(LIST_SLOTS)
+    value[listed] = language.table[value[listed], _draw(language.law, draws[1][listed])]
+    word[open_slots] = value
+
+    form = np.zeros(len(word), dtype=np.int64)
+    form[start] += 2
+    form[stop - 1] += 1
+    pieces = language.words[form, word].tolist()
+    bounds = np.concatenate([[0], np.cumsum(num_words)]).tolist()
+    return ["".join(pieces[a:b]).rstrip() for a, b in itertools.pairwise(bounds)]
+
+
+def _describe(language: Language) -> dict[str, Any]:
+    """The true structure, for synth.json: what a study of these notes should be able to find."""
+    conditions = TASKS["condition"]
+    return {
+        "classes": TASKS,
+        "group": "patient",
+        "related": {
+            "category": "the text: headers, style words, templates and length",
+            "service": "the condition",
+            "ward": "nothing",
+        },
+        "shares": {
+            "condition": CONDITION_SHARES.tolist(),
+            "severity": SEVERITY_SHARES.tolist(),
+            "category": dict(zip(CATEGORIES, CATEGORY_SHARES.tolist(), strict=True)),
+        },
+        "median_words": dict(zip(CATEGORIES, MEDIAN_WORDS.tolist(), strict=True)),
+        "service_tie": SERVICE_TIE,
+        "service_of_condition": {name: SERVICES[language.service_of[i]] for i, name in enumerate(conditions)},
+        "outcome_rule": {
+            "readmitted_from_severity": {
+                name: TASKS["severity"][language.threshold[i]] for i, name in enumerate(conditions)
+            },
+            "chance_that_the_rule_holds": OUTCOME_CHANCE,
+        },
+        "problem_mix_of_condition": dict(zip(conditions, np.round(language.mix, 6).tolist(), strict=True)),
+        "problems_a_patient": PROBLEMS_A_PATIENT,
+        "problem_shares_of_a_note": PROBLEM_SHARES.tolist(),
+        "chance_to_switch_problem": SWITCH,
+        "chance_of_the_own_list": LIST_SLOTS,
+        "vocabulary": int(language.words.shape[1]),
+    }

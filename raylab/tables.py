@@ -1,0 +1,120 @@
+"""The result tables: their columns, and whole-file writes that readers never see half of."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raylab.identity import canonical
+from raylab.mistakes import inner_types
+from raylab.settings import SETTINGS
+
+_text, _int, _float = pa.string(), pa.int64(), pa.float64()
+_time = pa.timestamp("us", tz="UTC")
+
+
+def _setting_type(annotation: Any) -> pa.DataType:
+    """Scalars keep their type; lists and mappings are canonical JSON text."""
+    kinds = {t for t in inner_types(annotation) if t is not type(None)}
+    scalars = {frozenset({bool}): pa.bool_(), frozenset({int}): _int, frozenset({float}): _float}
+    return scalars.get(frozenset(kinds), _text)
+
+
+SETTING_COLUMNS = {name: _setting_type(field.annotation) for name, field in SETTINGS.items()}
+
+SCHEMAS: dict[str, pa.Schema] = {
+    "trials": pa.schema(
+        {
+            "job": _text, "trial_id": _text, "arm": _text, "phase": _text, "seed": _int, "status": _text, "rung": _int,
+            "num_rungs": _int, "target_values": _text, **SETTING_COLUMNS, "supervised_by": _text, "attempts": _int,
+            "wall_seconds": _float, "gpu_seconds": _float, "device": _text, "peak_memory_bytes": _int,
+            "num_steps": _int, "num_tokens": _int, "num_documents": _int, "flops": _float,
+            "data_digest": _text, "code_version": _text, "error": _text, "started_at": _time, "updated_at": _time,
+        }
+    ),
+    "scores": pa.schema(
+        {
+            "job": _text, "trial_id": _text, "rung": _int, "task": _text, "split": _text, "shots": _int,
+            "frozen_layers": _text, "probe": _text, "draw": _int, "metric": _text, "value": _float,
+            "num_train": _int, "num_eval": _int,
+        }
+    ),
+    "geometry": pa.schema(
+        {
+            "job": _text, "trial_id": _text, "rung": _int, "task": _text, "split": _text, "metric": _text,
+            "parameter": _float, "value": _float, "num_points": _int,
+        }
+    ),
+    "curves": pa.schema(
+        {"job": _text, "trial_id": _text, "step": _int, "tokens": _int, "metric": _text, "value": _float}
+    ),
+    "stages": pa.schema(
+        {
+            "job": _text, "stage_id": _text, "kind": _text, "trial_id": _text, "reused": pa.bool_(),
+            "wall_seconds": _float, "gpu_seconds": _float,
+        }
+    ),
+    "unseals": pa.schema({"job": _text, "trial_id": _text, "at": _time, "by": _text, "reason": _text}),
+}  # fmt: skip
+
+
+def now() -> datetime:
+    """The time, as tables hold it."""
+    return datetime.now(UTC)
+
+
+def table_path(results: Path, job: str, table: str, trial_id: str, suffix: str = "") -> Path:
+    """The file that holds a trial's rows of a table."""
+    return results / job / table / f"{trial_id.replace(':', '_')}{suffix}.parquet"
+
+
+def write_rows(
+    results: Path, job: str, table: str, trial_id: str, rows: Sequence[Mapping[str, Any]], suffix: str = ""
+) -> None:
+    """Replaces a trial's rows of a table, whole: written beside, then renamed. `job` and `trial_id` are filled in.
+
+    Lists and mappings become canonical JSON text. A key that is no column is our own mistake (AssertionError).
+    """
+    schema = SCHEMAS[table]
+    unknown = {key for row in rows for key in row} - set(schema.names)
+    assert not unknown, f"no such columns in {table}: {sorted(unknown)}"
+    plain = [
+        {k: canonical(v) if isinstance(v, list | dict | tuple) else v for k, v in row.items()}
+        | {"job": job, "trial_id": trial_id}
+        for row in rows
+    ]
+    path = table_path(results, job, table, trial_id, suffix)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    pq.write_table(pa.Table.from_pylist(plain, schema=schema), scratch)
+    os.replace(scratch, path)
+
+
+def read_trial(results: Path, job: str, trial_id: str) -> dict[str, Any] | None:
+    """A trial's row of `trials`, or None."""
+    path = table_path(results, job, "trials", trial_id)
+    if not path.is_file():
+        return None
+    row: dict[str, Any] = pq.read_table(path).to_pylist()[0]
+    return row
+
+
+def read_rows(results: Path, job: str, table: str, trial_id: str, suffix: str = "") -> list[dict[str, Any]]:
+    """A trial's rows of a table; none where it has not written yet."""
+    path = table_path(results, job, table, trial_id, suffix)
+    return pq.read_table(path).to_pylist() if path.is_file() else []
+
+
+def list_trials(results: Path, job: str) -> Iterator[dict[str, Any]]:
+    """Every row of a job's `trials`, in the order of their start."""
+    rows = [
+        row
+        for path in sorted((results / job / "trials").glob("*.parquet"))
+        if not path.name.startswith(".")
+        for row in pq.read_table(path).to_pylist()
+    ]
+    yield from sorted(rows, key=lambda row: (row["started_at"], row["trial_id"]))
