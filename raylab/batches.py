@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raylab.masks import mask_tokens
+from raylab.mistakes import InfeasibleError
 from raylab.noise import derive_seed
 from raylab.spans import Spans, effective_spans, sample_spans
 from raylab.specs import Corpus, Declutr, Pretrain
@@ -177,16 +178,18 @@ def piece_units(
 
 
 def keep_documents(lengths: Ints, declutr: Declutr) -> NDArray[np.bool_]:
-    """Which documents of lengths[N] tokens the spans can use. Raises ValueError where none may be short."""
+    """Which documents of lengths[N] tokens the spans can use. Raises InfeasibleError where none may be short."""
     floor = declutr.min_document_length or declutr.shortest_document()
     kept = lengths >= floor
     if declutr.short_documents == "refuse" and not kept.all():
-        raise ValueError(
+        raise InfeasibleError(
             f"pretrain.declutr: {int((~kept).sum())} of {len(lengths)} documents have under {floor} tokens; "
             "use short_documents drop or shrink, or shorter spans"
         )
     if not kept.any():
-        raise ValueError(f"pretrain.declutr: no document has {floor} tokens, which these spans need; use shorter spans")
+        raise InfeasibleError(
+            f"pretrain.declutr: no document has {floor} tokens, which these spans need; use shorter spans"
+        )
     return kept
 
 

@@ -100,10 +100,9 @@ def measure_geometry(
 def normalize_rows(x: npt.NDArray[Any]) -> FloatArray:
     """Scale each row of x [n, d] to length 1, in float64. ValueError if a row is a zero vector or not finite."""
     _check_rows(x)
-    scaled = np.asarray(x, dtype=np.float64)
-    # Dividing by the largest entry first keeps the squares of very small or large entries in range.
-    scaled = scaled / np.abs(scaled).max(axis=1, keepdims=True)
-    return np.asarray(scaled / np.linalg.norm(scaled, axis=1, keepdims=True))
+    # In float32 the squares of very small or large entries would leave the range.
+    x = np.asarray(x, dtype=np.float64)
+    return np.asarray(x / np.linalg.norm(x, axis=1, keepdims=True))
 
 
 def uniformity(x: npt.NDArray[Any]) -> float:

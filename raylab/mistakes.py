@@ -3,9 +3,11 @@
 import difflib
 import json
 import re
+import traceback
 import types
 import typing
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
@@ -19,6 +21,17 @@ class JobError(ValueError):
     def __init__(self, problems: list[str]) -> None:
         super().__init__("\n".join(problems))
         self.problems = problems
+
+
+class InfeasibleError(ValueError):
+    """An arm that cannot work on this corpus, such as spans that no document is long enough for."""
+
+
+def describe_error(error: BaseException) -> str:
+    """The kind of an error and where it happened, without its message: that could quote a text."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "raylab" in f.filename]
+    place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    return f"{type(error).__name__}{place}; --debug shows more"
 
 
 def explain(detail: dict[str, Any]) -> str:

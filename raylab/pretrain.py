@@ -161,9 +161,7 @@ def train_rung(
         return {
             "step": seen.step,
             "tokens": seen.tokens,
-            "documents": len(np.unique(units.row))
-            if seen.epoch
-            else len(np.unique(_seen_rows(units, spec, seen))),
+            "documents": len(np.unique(units.row)) if seen.epoch else len(np.unique(_seen_rows(units, spec, seen))),
             "flops": seen.flops,
         }
 

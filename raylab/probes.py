@@ -99,8 +99,7 @@ def fit_mlp(
         max_iter=MLP_EPOCHS,
         # Ten steps an epoch even from a few shots, which one batch an epoch would leave undertrained.
         batch_size=max(2, min(MLP_MAX_BATCH_ROWS, len(train_x) // 10)),
-        # Without these two, a flat training loss would end the epochs early.
-        tol=0.0,
+        # Otherwise a flat training loss would end the epochs early.
         n_iter_no_change=MLP_EPOCHS,
         early_stopping=False,
         random_state=seed,

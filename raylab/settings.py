@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from raylab.mistakes import JobError, explain, inner_types, model_of
-from raylab.specs import Job, Target
+from raylab.specs import Job, Target, TrialSpec
 
 # Settings that a search space may vary. The corpus is shared by all arms, so only its cutting may differ.
 ARM_BLOCKS = ("corpus.max_length", "corpus.long_documents", "encoder.", "pretrain.", "evaluate.")
@@ -58,20 +58,12 @@ SETTINGS: dict[str, Any] = {
 def list_settings(job: Job) -> dict[str, Any]:
     """Dotted setting -> plain value, null where the chosen objective (or start, or loss) does not read it."""
     dumped = job.model_dump(mode="json")
-    read = OBJECTIVE_BLOCKS[job.pretrain.objective]
     values: dict[str, Any] = {}
     for name in SETTINGS:
         value: Any = dumped
         for part in name.split("."):
             value = value.get(part) if isinstance(value, dict) else None
-        block = name.split(".")[1]
-        if name.startswith("pretrain.") and name != "pretrain.objective":
-            unread = block in LOSS_BLOCKS and block not in read
-            if unread or job.pretrain.objective == "none":
-                value = None
-        values[name] = value
-    if job.pretrain.metadata.loss == "cross_entropy":
-        values["pretrain.metadata.temperature"] = None
+        values[name] = value if is_read(job, name) else None
     if job.corpus.split.column is not None:
         for field in ("train", "validation", "test", "seed", "vary"):
             values[f"corpus.split.{field}"] = None
@@ -88,6 +80,23 @@ def dump_job(job: Job) -> dict[str, Any]:
             for key in ("shots", "probe", "frozen_layers"):
                 del target[key]
     return raw
+
+
+def dump_spec(spec: TrialSpec) -> str:
+    """A trial's spec as JSON: what travels to workers."""
+    return json.dumps(spec.model_dump(mode="json", exclude={"settings"}) | {"settings": dump_job(spec.settings)})
+
+
+def is_read(job: Job, name: str) -> bool:
+    """Whether the objective and loss that a job has set read a setting."""
+    if not name.startswith("pretrain.") or name == "pretrain.objective":
+        return True
+    block = name.split(".")[1]
+    if job.pretrain.objective == "none" or (
+        block in LOSS_BLOCKS and block not in OBJECTIVE_BLOCKS[job.pretrain.objective]
+    ):
+        return False
+    return name != "pretrain.metadata.temperature" or job.pretrain.metadata.loss == "supervised_contrastive"
 
 
 def with_settings(job: Job, values: Mapping[str, Any]) -> Job:
@@ -132,9 +141,15 @@ def check_settings(job: Job) -> list[str]:
                 f"pretrain.num_tokens: {pretrain.num_tokens} is under rungs x batch_tokens "
                 f"({pretrain.rungs} x {pretrain.batch_tokens}); raise it or lower those"
             )
-        if pretrain.batch_tokens < job.corpus.max_length * job.resources.workers * pretrain.accumulation:
+        # Every worker needs a text, or a document's spans, in each part of a step.
+        largest, shares = job.corpus.max_length, job.resources.workers * pretrain.accumulation
+        if pretrain.objective == "declutr":
+            spans = pretrain.declutr.num_anchors * (1 + pretrain.declutr.num_positives)
+            largest = spans * (pretrain.declutr.max_span + SPECIAL_TOKENS)
+        if pretrain.batch_tokens < largest * shares:
             problems.append(
-                f"pretrain.batch_tokens: {pretrain.batch_tokens} is under max_length x workers x accumulation; raise it"
+                f"pretrain.batch_tokens: {pretrain.batch_tokens} must be {largest * shares} or more: the largest text "
+                "or a document's spans, times workers and accumulation"
             )
     if job.encoder.config is not None:
         layers = job.encoder.config.num_hidden_layers

@@ -180,7 +180,8 @@ def _guard(path: Path, kind: str, act: Callable[[], Any]) -> Any:
 
 
 UNREADABLE = {
-    "csv": "check that every row has as many fields as the header and that quotes are closed and doubled inside text",
+    "csv": "check that no column name is there twice, that every row has as many fields as the header, and that quotes "
+    "are closed and are doubled inside text",
     "jsonl": "check that every line is one JSON object and that a key's values are all of one type",
     "parquet": "check that it was written to the end, or correct 'format'",
     "hf": "it must be a folder written by save_to_disk; correct the path or 'format'",

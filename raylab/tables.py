@@ -67,9 +67,23 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
+def same_measures(row: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+    """Whether a row of `trials` was measured at the same rungs and cells as the settings ask for."""
+    return all(
+        row[name] == plain_value(value)
+        for name, value in settings.items()
+        if name.startswith("evaluate.") or name == "pretrain.rungs"
+    )
+
+
 def table_path(results: Path, job: str, table: str, trial_id: str, suffix: str = "") -> Path:
     """The file that holds a trial's rows of a table."""
     return results / job / table / f"{trial_id.replace(':', '_')}{suffix}.parquet"
+
+
+def plain_value(value: Any) -> Any:
+    """A value as its cell holds it: lists and mappings as canonical JSON text."""
+    return canonical(value) if isinstance(value, list | dict | tuple) else value
 
 
 def write_rows(
@@ -82,11 +96,7 @@ def write_rows(
     schema = SCHEMAS[table]
     unknown = {key for row in rows for key in row} - set(schema.names)
     assert not unknown, f"no such columns in {table}: {sorted(unknown)}"
-    plain = [
-        {k: canonical(v) if isinstance(v, list | dict | tuple) else v for k, v in row.items()}
-        | {"job": job, "trial_id": trial_id}
-        for row in rows
-    ]
+    plain = [{k: plain_value(v) for k, v in row.items()} | {"job": job, "trial_id": trial_id} for row in rows]
     path = table_path(results, job, table, trial_id, suffix)
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")

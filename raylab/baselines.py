@@ -1,0 +1,121 @@
+"""Baselines on the same draws as the arms: the majority class, and TF-IDF with logistic regression."""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+
+from raylab.corpus import TEST, TRAIN, VALIDATION, SplitCorpus, digest_column
+from raylab.evaluation import list_draws
+from raylab.scores import compute_scores
+from raylab.specs import PARTS, Job
+from raylab.stages import Stage, build_stage
+from raylab.tables import now, write_rows
+
+Ints = NDArray[np.int64]
+TFIDF_C = 10.0
+TFIDF_FEATURES = 50_000
+
+
+def fit_majority(train_x: Any, train_y: Ints, eval_x: Any, num_classes: int) -> NDArray[np.float64]:
+    """The shares of the classes among the drawn rows, for every text; ties go to the first class."""
+    shares = np.bincount(train_y, minlength=num_classes) / len(train_y)
+    return np.tile(shares, (eval_x.shape[0], 1))
+
+
+def fit_tfidf(train_x: Any, train_y: Ints, eval_x: Any, num_classes: int) -> NDArray[np.float64]:
+    """Logistic regression (C = 10) on TF-IDF features [n, F]; probabilities [m, num_classes]."""
+    if len(np.unique(train_y)) < 2:
+        return fit_majority(train_x, train_y, eval_x, num_classes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model = LogisticRegression(C=TFIDF_C, max_iter=200).fit(train_x, train_y)
+    probabilities = np.zeros((eval_x.shape[0], num_classes))
+    probabilities[:, model.classes_] = model.predict_proba(eval_x)
+    return probabilities
+
+
+BASELINES: dict[str, Callable[[Any, Ints, Any, int], NDArray[np.float64]]] = {
+    "majority": fit_majority,
+    "tfidf": fit_tfidf,
+}
+
+
+def score_baselines(results: Path, job: Job, split: SplitCorpus, seed: int, *, sealed: bool = False) -> list[Stage]:
+    """Scores every baseline on a seed's draws and writes its rows; scores of one seed are kept as a stage.
+
+    On the validation rows, or, with `sealed`, on the test rows. The words that TF-IDF counts, and their weights, come
+    from the task's training rows.
+    """
+    stages = []
+    for name, fit in BASELINES.items():
+        started = now()
+        scores: list[dict[str, Any]] = []
+        used = []
+        for task in job.evaluate.tasks or job.corpus.tasks:
+            stage = _score_task(results, job, split, seed, name, fit, task, sealed)
+            used.append(stage)
+            scores += [row | {"rung": 1, "task": task} for row in stage.info["scores"]]
+        trial_id = f"baseline:{name}-{seed}"
+        write_rows(results, job.name, "scores", trial_id, scores, ".test" if sealed else "")
+        if not sealed:
+            row = {
+                "arm": f"baseline:{name}",
+                "phase": "fixed",
+                "seed": seed,
+                "status": "complete",
+                "rung": 1,
+                "num_rungs": 1,
+                "attempts": 1,
+                "wall_seconds": sum(stage.wall_seconds for stage in used),
+                "gpu_seconds": 0.0,
+                "device": "cpu",
+                "started_at": started,
+                "updated_at": now(),
+            }
+            write_rows(results, job.name, "trials", trial_id, [row])
+        stages += used
+    return stages
+
+
+def _score_task(
+    results: Path, job: Job, split: SplitCorpus, seed: int, name: str, fit: Any, task: str, sealed: bool
+) -> Stage:
+    table, part = split.open[task], TEST if sealed else VALIDATION
+    rows = {column: table[column].to_numpy() for column in ("label", "group", "part")}
+    held_out = split.sealed[task] if sealed else table.filter(table["part"].to_numpy() == VALIDATION)
+    key = {
+        "baseline": name,
+        "rows": split.digests[task],
+        "eval": [digest_column(held_out["text"]), digest_column(held_out["label"])],
+        "shots": list(job.evaluate.shots),
+        "draws": job.evaluate.draws,
+        "seed": seed,
+    }
+
+    def build(folder: Path) -> dict[str, Any]:
+        num_classes, eval_y = len(split.classes[task]), held_out["label"].to_numpy()
+        train = np.flatnonzero(rows["part"] == TRAIN)
+        if name == "majority":
+            place, train_x, eval_x = train, np.zeros((len(train), 1)), np.zeros((len(eval_y), 1))
+        else:
+            vectors = TfidfVectorizer(sublinear_tf=True, min_df=2, max_features=TFIDF_FEATURES)
+            place, train_x = train, vectors.fit_transform(table["text"].take(train).to_pylist())
+            eval_x = vectors.transform(held_out["text"].to_pylist())
+        scores = []
+        for draw in list_draws(rows, task, job.evaluate, seed):
+            chosen = np.searchsorted(place, draw.rows)
+            probabilities = fit(train_x[chosen], rows["label"][draw.rows], eval_x, num_classes)
+            for metric, value in compute_scores(eval_y, probabilities).items():
+                cell = {"split": PARTS[part], "shots": draw.shots, "draw": draw.draw, "metric": metric}
+                sizes = {"num_train": len(draw.rows), "num_eval": len(eval_y)}
+                scores.append({**cell, **sizes, "value": None if np.isnan(value) else value})
+        return {"scores": scores}
+
+    return build_stage(results, "baseline", key, build)

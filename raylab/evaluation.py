@@ -1,0 +1,165 @@
+"""Evaluation of an encoder: embeddings, few-shot scores and geometry, on validation or, once unsealed, on test."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from raylab.corpus import TRAIN, VALIDATION, open_rows
+from raylab.draws import draw_shots
+from raylab.encoder import choose_device, embed, load_encoder
+from raylab.finetune import fine_tune
+from raylab.geometry import measure_geometry
+from raylab.identity import digest
+from raylab.noise import derive_seed
+from raylab.probes import PROBES
+from raylab.scores import compute_scores
+from raylab.specs import Evaluate, TrialSpec
+from raylab.stages import FOLDER, Stage, build_stage, read_info
+from raylab.tokens import TokenStore, Vocabulary, open_tokens
+
+Ints = NDArray[np.int64]
+
+
+class Draw(NamedTuple):
+    """One choice of training rows: `shots` a class (None: all), the `draw`-th, as rows of the task's table."""
+
+    shots: int | None
+    draw: int
+    rows: Ints
+
+
+class Evaluation(NamedTuple):
+    """Rows for `scores` and `geometry`, and the stages used."""
+
+    scores: list[dict[str, Any]]
+    geometry: list[dict[str, Any]]
+    stages: list[Stage]
+
+
+def list_draws(rows: dict[str, NDArray[Any]], task: str, evaluate: Evaluate, seed: int) -> Iterator[Draw]:
+    """The draws of a task under a seed, the same for every arm. All training rows are one draw."""
+    train = np.flatnonzero(rows["part"] == TRAIN)
+    for shots in evaluate.shots:
+        number = None if shots == "full" else shots
+        for draw in range(evaluate.draws if number else 1):
+            chosen = draw_shots(rows["label"][train], rows["group"][train], number, seed=seed, task=task, draw=draw)
+            yield Draw(number, draw, train[chosen])
+
+
+def evaluate_encoder(spec: TrialSpec, stage: Stage, rung: int) -> Evaluation:
+    """Scores and geometry of a rung's encoder on the validation rows of every evaluated task."""
+    evaluate, root = spec.settings.evaluate, Path(spec.results) / FOLDER
+    model, _ = load_encoder(str(stage.path / "encoder"))
+    model.to(choose_device()).eval()
+    result = Evaluation([], [], [])
+    for task in evaluate.tasks or spec.settings.corpus.tasks:
+        rows = open_rows(root / spec.corpus, task)
+        store = open_tokens(root / spec.tokens[task])
+        validation = np.flatnonzero(rows["part"] == VALIDATION)
+        draws = list(list_draws(rows, task, evaluate, spec.seed))
+        needed = np.unique(np.concatenate([validation, *(draw.rows for draw in draws)]))
+        embedded = embed_rows(spec, model, stage, task, store, needed)
+        result.stages.append(embedded)
+        x = np.load(embedded.path / "embeddings.npy", mmap_mode="r")
+        scores = score_draws(
+            spec, model, task, draws, rows["label"], rows["group"], store,
+            train_x=lambda chosen, x=x, needed=needed: x[np.searchsorted(needed, chosen)],
+            eval_x=x[np.searchsorted(needed, validation)],
+            eval_y=rows["label"][validation],
+            eval_store=store,
+            eval_rows=validation,
+        )  # fmt: skip
+        common = {"rung": rung, "task": task, "split": "validation"}
+        result.scores.extend(common | score for score in scores)
+        result.geometry.extend(
+            common | value._asdict()
+            for value in measure_geometry(
+                np.asarray(x[np.searchsorted(needed, validation)]),
+                rows["label"][validation],
+                thresholds=evaluate.geometry.thresholds,
+                max_points=evaluate.geometry.max_points,
+                graph_points=evaluate.geometry.graph_points,
+                # The same points for every trial, so that a difference is never one of sampling.
+                seed=derive_seed("geometry"),
+            )
+        )
+    return result
+
+
+def embed_rows(spec: TrialSpec, model: nn.Module, stage: Stage, task: str, store: TokenStore, needed: Ints) -> Stage:
+    """Embeddings of some rows of a task's tokens, kept by content: embeddings.npy, float32 [len(needed), D]."""
+    corpus, root = spec.settings.corpus, Path(spec.results) / FOLDER
+    key = {
+        "encoder": stage.stage_id,
+        "tokens": spec.tokens[task],
+        "rows": digest(needed.tolist()),
+        "max_length": corpus.max_length,
+        "long_documents": corpus.long_documents,
+    }
+
+    def build(folder: Path) -> dict[str, Any]:
+        x = embed(
+            model,
+            store,
+            needed,
+            Vocabulary(**read_info(root / spec.tokenizer)),
+            max_length=corpus.max_length,
+            long_documents=corpus.long_documents,
+        )
+        np.save(folder / "embeddings.npy", x)
+        return {"rows": len(x)}
+
+    return build_stage(Path(spec.results), "embed", key, build)
+
+
+def score_draws(
+    spec: TrialSpec,
+    model: nn.Module,
+    task: str,
+    draws: list[Draw],
+    labels: Ints,
+    groups: Ints,
+    store: TokenStore,
+    *,
+    train_x: Any,
+    eval_x: NDArray[np.float32],
+    eval_y: Ints,
+    eval_store: TokenStore,
+    eval_rows: Ints,
+) -> Iterator[dict[str, Any]]:
+    """Rows of scores for every shots, draw, freeze depth, probe and metric. `train_x(rows)` gives embeddings [n, D]."""
+    evaluate, root = spec.settings.evaluate, Path(spec.results) / FOLDER
+    num_classes = len(read_info(root / spec.corpus)["classes"][task])
+    vocabulary = Vocabulary(**read_info(root / spec.tokenizer))
+    for draw in draws:
+        train_y = labels[draw.rows]
+        for depth in evaluate.frozen_layers:
+            for probe in evaluate.probes if depth == "all" else ("head",):
+                seed = derive_seed(spec.seed, "probe", task, probe, depth, str(draw.shots), draw.draw)
+                if probe == "head":
+                    probabilities = fine_tune(
+                        model, store, draw.rows, train_y, eval_rows, vocabulary,
+                        depth=depth, num_classes=num_classes, corpus=spec.settings.corpus,
+                        settings=evaluate.fine_tune, seed=seed, eval_store=eval_store,
+                    )  # fmt: skip
+                else:
+                    probabilities = PROBES[probe](
+                        train_x(draw.rows), train_y, eval_x,
+                        num_classes=num_classes, seed=seed % 2**32, selection=evaluate.selection,
+                        groups=groups[draw.rows],
+                    )  # fmt: skip
+                for metric, value in compute_scores(eval_y, probabilities).items():
+                    yield {
+                        "shots": draw.shots,
+                        "frozen_layers": depth,
+                        "probe": probe,
+                        "draw": draw.draw,
+                        "metric": metric,
+                        "value": value,
+                        "num_train": len(draw.rows),
+                        "num_eval": len(eval_y),
+                    }

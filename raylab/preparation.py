@@ -1,0 +1,203 @@
+"""From a job to trials that can run: the corpus is read, split, tokenised and kept; arms and trials get their names."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from raylab.corpus import (
+    DOCUMENTS,
+    TRAIN,
+    ReadCorpus,
+    SplitCorpus,
+    digest_column,
+    metadata_fields,
+    read_corpus,
+    split_corpus,
+    store_corpus,
+)
+from raylab.identity import digest, name_arm, name_trial
+from raylab.mistakes import JobError
+from raylab.settings import list_settings, with_settings
+from raylab.specs import Job, TrialSpec
+from raylab.stages import Stage, open_stage
+from raylab.tables import read_rows, read_trial
+from raylab.tokens import copy_tokenizer, store_tokens, train_tokenizer
+
+# Told of what is being done, the rows done so far and their number.
+Tell = Callable[[str, int, int], None]
+
+
+@dataclass
+class Preparation:
+    """A job with its corpus in memory. Text stays in this process: trials get token stores."""
+
+    job: Job
+    results: Path
+    read: ReadCorpus
+    tell: Tell
+    splits: dict[int, SplitCorpus] = field(default_factory=dict)
+    memory: dict[Any, Any] = field(default_factory=dict)
+
+    def split(self, seed: int) -> SplitCorpus:
+        """The corpus under a trial's seed; one for all seeds unless split.vary is true."""
+        key = seed if self.job.corpus.split.vary else 0
+        if key not in self.splits:
+            self.splits[key] = split_corpus(self.read, self.job.corpus, metadata_fields(self.job), key)
+        return self.splits[key]
+
+
+def prepare(job: Job, results: Path, tell: Tell = lambda what, done, total: None) -> Preparation:
+    """Reads and checks the corpus. Raises JobError with every problem; nothing is written."""
+    return Preparation(job, results, read_corpus(job.corpus, metadata_fields(job)), tell)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where an encoder's weights come from: their digest, a path or name, and the texts' digest of its tokenizer."""
+
+    digest: str
+    path: str | None
+
+
+def find_start(preparation: Preparation, job: Job) -> Start:
+    """The start of an arm's encoder. Raises JobError where it can't be found or can't serve."""
+    encoder = job.encoder
+    key = ("start", encoder, job.corpus.max_length)
+    if key not in preparation.memory:
+        preparation.memory[key] = _find_start(preparation, job)
+    start: Start = preparation.memory[key]
+    return start
+
+
+def _find_start(preparation: Preparation, job: Job) -> Start:
+    encoder = job.encoder
+    if encoder.config is not None:
+        return Start(digest("from scratch"), None)
+    if encoder.pretrained is not None:
+        from raylab.encoder import check_pretrained, digest_pretrained
+
+        found = Start(digest_pretrained(encoder.pretrained, encoder.revision), encoder.pretrained)
+        if problems := check_pretrained(encoder.pretrained, encoder.revision, job.corpus.max_length):
+            raise JobError(problems)
+        return found
+    assert encoder.trial is not None
+    stage = find_trial_encoder(preparation.results, encoder.trial)
+    return Start(digest({"stage": stage.name}), str(stage / "encoder"))
+
+
+def find_trial_encoder(results: Path, trial_id: str) -> Path:
+    """The stage folder of a complete trial's last rung, whichever job ran it. Raises JobError."""
+    for folder in sorted(path.parent for path in results.glob("*/trials") if path.is_dir()):
+        row = read_trial(results, folder.name, trial_id)
+        if row is None:
+            continue
+        if row["status"] != "complete":
+            raise JobError(
+                [f"encoder.trial: '{trial_id}' is {row['status']}, not complete; resume job {folder.name} first"]
+            )
+        ids = [r["stage_id"] for r in read_rows(results, folder.name, "stages", trial_id) if r["kind"] == "pretrain"]
+        found = open_stage(results, ids[-1]) if ids else None
+        if found is None:
+            raise JobError(
+                [f"encoder.trial: the encoder of '{trial_id}' is gone from {results}; run job {folder.name} again"]
+            )
+        return found
+    raise JobError(
+        [f"encoder.trial: no trial '{trial_id}' under {results}; see 'raylab query \"select trial_id from trials\"'"]
+    )
+
+
+def name_point(preparation: Preparation, values: Mapping[str, Any], seed: int = 0) -> tuple[str, Job]:
+    """The arm that some searched values make, and its job. Raises JobError where they break a rule."""
+    job = with_settings(preparation.job, values)
+    # A metadata field that the arm does not read is no part of its data.
+    field = job.pretrain.metadata.field if job.pretrain.objective == "metadata" else None
+    read = {
+        name: value
+        for name, value in preparation.split(seed).digests.items()
+        if not name.startswith("metadata:") or name == f"metadata:{field}"
+    }
+    arm = name_arm(
+        list_settings(job),
+        data_digest=digest(read),
+        encoder_digest=find_start(preparation, job).digest,
+        searched=preparation.job.search.space,
+    )
+    return arm, job
+
+
+def make_spec(
+    preparation: Preparation, values: Mapping[str, Any], seed: int, phase: Literal["search", "confirm", "fixed"]
+) -> TrialSpec:
+    """A trial that can run: tokenizer and token stores are made where they are missing. Raises JobError."""
+    arm, job = name_point(preparation, values)
+    split = preparation.split(seed)
+    start = find_start(preparation, job)
+    tokenizer = _tokenizer(preparation, job, split, start)
+    tokens = {name: _tokens(preparation, split, name, tokenizer) for name in split.open}
+    return TrialSpec(
+        job=job.name,
+        arm=arm,
+        trial_id=name_trial(arm, seed),
+        phase=phase,
+        seed=seed,
+        settings=job,
+        results=str(preparation.results),
+        corpus=_once(
+            preparation, ("corpus", split.stored_digest), lambda: store_corpus(preparation.results, split)
+        ).stage_id,
+        tokens={name: stage.stage_id for name, stage in tokens.items()},
+        tokenizer=tokenizer.stage_id,
+        encoder_digest=start.digest,
+        encoder_path=start.path,
+        data_digest=digest(split.digests),
+    )
+
+
+def _once(preparation: Preparation, key: Any, make: Callable[[], Stage]) -> Stage:
+    if key not in preparation.memory:
+        preparation.memory[key] = make()
+    stage: Stage = preparation.memory[key]
+    return stage
+
+
+def text_digest(preparation: Preparation, split: SplitCorpus, name: str) -> str:
+    """Digest of a table's training and validation texts, computed once."""
+    key = ("text", name, split.stored_digest)
+    if key not in preparation.memory:
+        preparation.memory[key] = digest_column(split.open[name]["text"])
+    found: str = preparation.memory[key]
+    return found
+
+
+def _tokenizer(preparation: Preparation, job: Job, split: SplitCorpus, start: Start) -> Stage:
+    results = preparation.results
+    if start.path is not None:
+        path, revision = start.path, job.encoder.revision
+        return _once(preparation, ("tokenizer", start), lambda: copy_tokenizer(results, path, revision, start.digest))
+    assert job.encoder.tokenizer is not None
+    size, documents = job.encoder.tokenizer.vocab_size, split.open[DOCUMENTS]
+    texts = documents["text"].filter(documents["part"].to_numpy() == TRAIN)
+    preparation.tell("training the tokenizer", 0, 1)
+    made = _once(
+        preparation,
+        ("tokenizer", size, split.stored_digest),
+        lambda: train_tokenizer(results, texts, digest_column(texts), size),
+    )
+    preparation.tell("training the tokenizer", 1, 1)
+    return made
+
+
+def _tokens(preparation: Preparation, split: SplitCorpus, name: str, tokenizer: Stage) -> Stage:
+    texts, done = split.open[name]["text"], [0]
+
+    def advance(rows: int) -> None:
+        done[0] += rows
+        preparation.tell(f"tokenising {name}", done[0], len(texts))
+
+    return _once(
+        preparation,
+        ("tokens", name, tokenizer.stage_id, split.stored_digest),
+        lambda: store_tokens(preparation.results, texts, text_digest(preparation, split, name), tokenizer, advance),
+    )

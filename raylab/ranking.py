@@ -1,0 +1,110 @@
+"""Arms side by side: means with intervals over seeds, and paired differences to the base arm on shared seeds."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from raylab.results import open_tables, read_cell, read_heldout
+from raylab.settings import resolve_target
+from raylab.specs import Job, Target
+
+CONFIDENCE = 0.95
+
+
+class Interval(NamedTuple):
+    """A mean over seeds with its 95 % t interval; the ends are NaN for one seed."""
+
+    mean: float
+    low: float
+    high: float
+    num_seeds: int
+
+
+class RankedArm(NamedTuple):
+    """An arm's value in a cell, and its paired difference to the base arm (None: it is the base, or shares no seed)."""
+
+    arm: str
+    label: str
+    value: Interval
+    difference: Interval | None
+
+
+def compute_interval(values: list[float]) -> Interval:
+    """Student's t interval of the mean of independent values, one a seed."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return Interval(mean, float("nan"), float("nan"), len(values))
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * stats.sem(values))
+    return Interval(mean, mean - half, mean + half, len(values))
+
+
+def list_cells(job: Job) -> list[tuple[str, dict[str, Any], str]]:
+    """The cells that a summary shows: (table, cell, mode). The target's first, then every task and number of shots."""
+    evaluate = job.evaluate
+    cells: list[tuple[str, dict[str, Any], str]] = [
+        (target.table, resolve_target(job, target), target.mode) for target in job.search.targets
+    ]
+    for task in evaluate.tasks or job.corpus.tasks:
+        for shots in evaluate.shots:
+            target = Target(task=task, shots=shots, frozen_layers=evaluate.frozen_layers[0])
+            cell = ("scores", resolve_target(job, target), "max")
+            if cell not in cells:
+                cells.append(cell)
+    return cells
+
+
+def rank_arms(
+    results: Path, job: Job, table: str, cell: dict[str, Any], mode: str, base: str, split: str = "validation"
+) -> list[RankedArm]:
+    """The arms of a job, best mean first. Only complete trials of fixed designs and confirmations count."""
+    labels = label_arms(results, job)
+    by_arm: dict[str, dict[int, float]] = {}
+    for row in read_cell(results, job.name, table, cell, split):
+        by_arm.setdefault(row.arm, {})[row.seed] = row.value
+    reference = by_arm.get(base, {})
+    ranked = []
+    for arm, values in by_arm.items():
+        shared = sorted(values.keys() & reference.keys()) if arm != base else []
+        difference = compute_interval([values[seed] - reference[seed] for seed in shared]) if shared else None
+        label = "base" if arm == base and not labels.get(arm) else labels.get(arm) or arm
+        ranked.append(RankedArm(arm, label, compute_interval(list(values.values())), difference))
+    return sorted(ranked, key=lambda row: row.value.mean, reverse=mode == "max")
+
+
+def label_arms(results: Path, job: Job) -> dict[str, str]:
+    """What sets each arm apart: the searched settings that it reads."""
+    names = list(job.search.space)
+    if not names:
+        return {}
+    columns = ", ".join(f'any_value("{name}")' for name in names)
+    rows = open_tables(results).execute(
+        f"select arm, {columns} from trials where job = ? and arm not like 'baseline:%' group by arm", [job.name]
+    )
+    return {
+        row[0]: ", ".join(
+            f"{name.rsplit('.', 1)[-1]}={value:g}" if isinstance(value, float) else f"{name.rsplit('.', 1)[-1]}={value}"
+            for name, value in zip(names, row[1:], strict=True)
+            if value is not None
+        )
+        for row in rows.fetchall()
+    }
+
+
+def summarise_heldout(results: Path, job: Job) -> dict[str, dict[str, Interval]]:
+    """Arm -> held-out measure at the end of pre-training, over seeds; and `retrieval_error_change`.
+
+    The change is that of the retrieval error over pre-training, relative to the untrained encoder of the same seed.
+    """
+    gathered: dict[str, dict[str, list[float]]] = {}
+    for (arm, _), measures in read_heldout(results, job.name).items():
+        values = {name.removeprefix("heldout_"): last for name, (_, last) in measures.items()}
+        if "heldout_retrieval_accuracy" in measures:
+            first, last = (1 - value for value in measures["heldout_retrieval_accuracy"])
+            values["retrieval_error"] = last
+            if first > 0:
+                values["retrieval_error_change"] = last / first - 1
+        for name, value in values.items():
+            gathered.setdefault(arm, {}).setdefault(name, []).append(value)
+    return {arm: {name: compute_interval(v) for name, v in found.items()} for arm, found in gathered.items()}

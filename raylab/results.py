@@ -1,0 +1,153 @@
+"""Reading the result tables: SQL over all jobs, states, and arms ranked. Without torch, Ray or scikit-learn."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import duckdb
+import pyarrow as pa
+import yaml
+
+from raylab.mistakes import JobError
+from raylab.tables import SCHEMAS
+
+
+def _quote(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def open_tables(results: Path) -> duckdb.DuckDBPyConnection:
+    """A DuckDB connection with one view a table over all jobs, that can read nothing but the results folder.
+
+    Files are joined by column name, so rows of older versions stay readable. Raises JobError without a results folder.
+    """
+    if not results.is_dir():
+        raise JobError([f"--results {results}: no such folder; give the one that 'raylab run' wrote to"])
+    connection = duckdb.connect()
+    for table, schema in SCHEMAS.items():
+        files = [path for path in results.glob(f"*/{table}") if path.is_dir() and not path.parent.name.startswith("_")]
+        patterns = [f"{path}/*.parquet" for path in files if any(path.glob("*.parquet"))]
+        connection.register(f"empty_{table}", schema.empty_table())
+        union = f"select * from empty_{table}"
+        if patterns:
+            listed = ", ".join(_quote(pattern) for pattern in patterns)
+            union += f" union all by name select * from read_parquet([{listed}], union_by_name=true)"
+        connection.execute(f"create view {table} as {union}")
+    connection.execute(f"set allowed_directories=[{_quote(str(results.resolve()))}]")
+    connection.execute("set enable_external_access=false")
+    connection.execute("set lock_configuration=true")
+    return connection
+
+
+def query(results: Path, sql: str) -> pa.Table:
+    """The answer to a query. Raises JobError where it is wrong, in one line."""
+    connection = open_tables(results)
+    try:
+        return connection.execute(sql).to_arrow_table()
+    except duckdb.Error as error:
+        first = str(error).splitlines()[0]
+        raise JobError([f"query: {first}; 'raylab query --list' shows the tables and their columns"]) from None
+
+
+def list_jobs(results: Path) -> list[str]:
+    """The jobs with a kept job file."""
+    return sorted(path.parent.name for path in results.glob("*/job.yaml") if not path.parent.name.startswith("_"))
+
+
+def find_job(results: Path, name: str) -> Path:
+    """The kept job file of a job. Raises JobError naming the jobs there are."""
+    path = results / name / "job.yaml"
+    if not path.is_file():
+        known = ", ".join(list_jobs(results)) or "none"
+        raise JobError([f"no job '{name}' under {results}; jobs there: {known} (--results DIR names another folder)"])
+    return path
+
+
+def summarise_jobs(results: Path, name: str | None = None) -> list[dict[str, Any]]:
+    """A row a job: trials by state, arms, best search value, last failure and last change."""
+    if name is not None:
+        find_job(results, name)
+    connection = open_tables(results)
+    where = "" if name is None else f"and job = {_quote(name)}"
+    rows: list[dict[str, Any]] = (
+        connection.execute(
+            f"""
+            select job,
+                   count(*) filter (status = 'complete') as complete,
+                   count(*) filter (status = 'running') as running,
+                   count(*) filter (status = 'stopped') as stopped,
+                   count(*) filter (status = 'failed') as failed,
+                   count(*) filter (status = 'infeasible') as infeasible,
+                   count(distinct arm) as arms,
+                   round(sum(wall_seconds), 1) as trial_seconds,
+                   arg_max(error, updated_at) filter (error is not null) as last_error,
+                   max(updated_at) as updated_at
+            from trials where arm not like 'baseline:%' {where} group by job order by job
+            """
+        )
+        .to_arrow_table()
+        .to_pylist()
+    )
+    known = {row["job"] for row in rows}
+    empty = [{"job": job, "complete": 0} for job in list_jobs(results) if job not in known and name in (None, job)]
+    return rows + empty
+
+
+def read_kept_job(results: Path, name: str) -> dict[str, Any]:
+    """The kept job file as plain values."""
+    kept: dict[str, Any] = yaml.safe_load(find_job(results, name).read_text())
+    return kept
+
+
+class SeedValue(NamedTuple):
+    """A trial's value of a cell, mean over draws."""
+
+    arm: str
+    seed: int
+    value: float
+
+
+def read_cell(results: Path, job: str, table: str, cell: dict[str, Any], split: str = "validation") -> list[SeedValue]:
+    """The values of a cell of `scores` or `geometry` by arm and seed: last rung, ranked phases, mean over draws.
+
+    Only trials that ran to the end count; of an adaptive search only confirmed ones. Baselines have no depth and no
+    probe, so for them those parts of the cell are left out.
+    """
+    connection = open_tables(results)
+    conditions = " and ".join(
+        f"(t.arm like 'baseline:%' or s.{key} is not distinct from ?)"
+        if key in ("frozen_layers", "probe")
+        else f"s.{key} is not distinct from ?"
+        for key in cell
+    )
+    rows = connection.execute(
+        f"""
+        select t.arm, t.seed, avg(s.value) as value
+        from {table} s join trials t using (job, trial_id)
+        where job = ? and s.split = ? and s.rung = t.num_rungs and t.status = 'complete'
+              and t.phase in ('fixed', 'confirm') and {conditions}
+        group by t.arm, t.seed order by t.arm, t.seed
+        """,
+        [job, split, *cell.values()],
+    ).fetchall()
+    return [SeedValue(*row) for row in rows if row[2] is not None]
+
+
+def read_heldout(results: Path, job: str) -> dict[tuple[str, int], dict[str, tuple[float, float]]]:
+    """(arm, seed) -> held-out measure -> its value at the start and at the end of pre-training."""
+    rows = (
+        open_tables(results)
+        .execute(
+            """
+            select t.arm, t.seed, c.metric, arg_min(c.value, c.step), arg_max(c.value, c.step)
+            from curves c join trials t using (job, trial_id)
+            where job = ? and c.metric like 'heldout%' and t.status = 'complete'
+            group by t.arm, t.seed, c.metric
+            """,
+            [job],
+        )
+        .fetchall()
+    )
+    found: dict[tuple[str, int], dict[str, tuple[float, float]]] = {}
+    for arm, seed, metric, first, last in rows:
+        found.setdefault((arm, seed), {})[metric] = (first, last)
+    return found

@@ -1,0 +1,353 @@
+"""Which trial comes next: one Optuna study, rebuilt from the tables, asked for arms or given a design's points."""
+
+import json
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import optuna
+
+from raylab.identity import canonical
+from raylab.mistakes import JobError
+from raylab.settings import is_integer, is_list, is_read, list_settings, with_settings
+from raylab.specs import Choices, Job, Range
+from raylab.tables import list_trials, plain_value, same_measures
+
+Values = dict[str, Any]
+MOST_REPEATS = 20
+FINISHED = ("complete", "stopped", "infeasible", "failed")
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+def _make_tpe(seed: int, num_arms: int) -> optuna.samplers.BaseSampler:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return optuna.samplers.TPESampler(
+            seed=seed,
+            multivariate=True,
+            group=True,  # conditional settings: arms that share settings inform each other
+            constant_liar=True,  # arms still running count as bad: workers spread out
+            n_startup_trials=max(3, min(10, num_arms // 4)),
+            warn_independent_sampling=False,
+        )
+
+
+# Adaptive designs ask a sampler; fixed ones list their points.
+SAMPLERS: dict[str, Callable[[int, int], optuna.samplers.BaseSampler]] = {
+    "tpe": _make_tpe,
+    "random": lambda seed, num_arms: optuna.samplers.RandomSampler(seed=seed),
+}
+
+
+class Request(NamedTuple):
+    """A trial that should run."""
+
+    values: Values
+    arm: str
+    seed: int
+    phase: Literal["search", "confirm", "fixed"]
+
+
+@dataclass
+class Arm:
+    """An arm under way: its point of the study, and the target values of its finished seeds."""
+
+    values: Values
+    trial: optuna.Trial | None
+    waiting: set[int]
+    found: list[float] = field(default_factory=list)
+    stopped_at: int | None = None
+
+
+def _encode(value: Any) -> Any:
+    """A choice as Optuna takes it: scalars, or JSON text."""
+    return canonical(value) if isinstance(value, list | dict) else value
+
+
+def is_active(job: Job, name: str, values: Mapping[str, Any]) -> bool:
+    """Whether a searched setting has a meaning beside the values chosen before it: its `when`, and what is read."""
+    settings = list_settings(job) | dict(values)
+    for condition, wanted in (job.search.space[name].when or {}).items():
+        if settings[condition] not in (wanted if isinstance(wanted, list) else [wanted]):
+            return False
+    objective = values.get("pretrain.objective", job.pretrain.objective)
+    loss = values.get("pretrain.metadata.loss", job.pretrain.metadata.loss)
+    metadata = job.pretrain.metadata.model_copy(update={"loss": loss})
+    pretrain = job.pretrain.model_copy(update={"objective": objective, "metadata": metadata})
+    return is_read(job.model_copy(update={"pretrain": pretrain}), name)
+
+
+def _number(name: str, value: float) -> int | float:
+    return int(value) if is_integer(name) else float(value)
+
+
+def list_values(name: str, entry: Choices | Range) -> list[Any]:
+    """The values of a setting on a grid."""
+    if isinstance(entry, Choices):
+        return list(entry.choices)
+    step = entry.step or 1
+    count = int((entry.high - entry.low) / step + 1e-9) + 1
+    return [_number(name, entry.low + i * step) for i in range(count)]
+
+
+def list_points(job: Job) -> Iterator[Values]:
+    """Every point of a grid, conditional settings only where they have a meaning; the last setting varies fastest."""
+
+    def extend(values: Values, names: list[str]) -> Iterator[Values]:
+        if not names:
+            yield values
+        elif not is_active(job, names[0], values):
+            yield from extend(values, names[1:])
+        else:
+            for value in list_values(names[0], job.search.space[names[0]]):
+                yield from extend({**values, names[0]: value}, names[1:])
+
+    yield from extend({}, list(job.search.space))
+
+
+def _suggest(trial: optuna.Trial, job: Job) -> Values:
+    """A point of the space, setting by setting in the file's order."""
+    values: Values = {}
+    for name, entry in job.search.space.items():
+        if not is_active(job, name, values):
+            continue
+        if isinstance(entry, Choices):
+            coded = {_encode(choice): choice for choice in entry.choices}
+            values[name] = coded[trial.suggest_categorical(name, list(coded))]
+        elif is_integer(name):
+            step = int(entry.step or 1)
+            values[name] = trial.suggest_int(name, int(entry.low), int(entry.high), log=entry.log, step=step)
+        else:
+            values[name] = trial.suggest_float(name, entry.low, entry.high, log=entry.log, step=entry.step)
+    return values
+
+
+def read_values(job: Job, row: Mapping[str, Any]) -> Values:
+    """The searched values of a row of `trials`; a setting that is null there was not active."""
+    values: Values = {}
+    for name, entry in job.search.space.items():
+        cell = row.get(name)
+        if cell is None:
+            continue
+        if isinstance(entry, Choices):
+            for choice in entry.choices:
+                listed = [choice] if is_list(name) and not isinstance(choice, list) else choice
+                if plain_value(listed) == cell:
+                    values[name] = choice
+        else:
+            values[name] = cell
+    return values
+
+
+class Search:
+    """The state of a job's search, in memory only: the tables are the record.
+
+    `next_request()` gives a trial, None to wait for one that runs, or raises StopIteration at the end; `finish(row)`
+    takes a trial's row of `trials`. `name_point(values)` gives an arm's name or raises JobError.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        results: Path,
+        name_point: Callable[[Values], str],
+    ) -> None:
+        self.job = job
+        self.results = results
+        self.name_point = name_point
+        self.adaptive = job.search.design in SAMPLERS
+        self.notes: list[str] = []
+        self.queue: deque[Request] = deque()
+        self.running: dict[str, Request] = {}
+        self.arms: dict[str, Arm] = {}
+        self.values: dict[str, Values] = {}
+        self.scores: dict[str, float] = {}
+        self.repeats = 0
+        self.confirming = False
+        self.started = time.monotonic()
+        target = job.search.targets[0] if job.search.targets else None
+        self.sign = -1.0 if target and target.mode == "min" else 1.0
+        points = [] if self.adaptive else list(list_points(job))
+        self.unasked = len(points)
+        self.num_arms = (job.search.num_arms or 0) if self.adaptive else len(points)
+        make = SAMPLERS.get(job.search.design)
+        self.study = optuna.create_study(
+            direction="minimize" if self.sign < 0 else "maximize",
+            sampler=make(job.search.sampler_seed, self.num_arms) if make else optuna.samplers.RandomSampler(seed=0),
+        )
+        self.done = {
+            (row["arm"], row["phase"], row["seed"]): row
+            for row in list_trials(results, job.name)
+            if row["status"] in FINISHED and row["status"] != "failed" and _is_current(job, row)
+        }
+        self._reopen()
+        for point in points:
+            self.study.enqueue_trial({name: _encode(value) for name, value in point.items()})
+
+    def _reopen(self) -> None:
+        """Puts the arms that the tables know back into the study, in their order, before any new one is asked for."""
+        phase = "search" if self.adaptive else "fixed"
+        if not self.adaptive:
+            return
+        for row in list_trials(self.results, self.job.name):
+            if row["phase"] == phase and row["arm"] not in self.arms and len(self.arms) < self.num_arms:
+                values = read_values(self.job, row)
+                try:
+                    if self.name_point(values) != row["arm"]:
+                        continue  # of an earlier version of the job or of other data
+                except JobError:
+                    continue
+                self.study.enqueue_trial({name: _encode(value) for name, value in values.items()})
+                self._ask()
+
+    @property
+    def num_planned(self) -> int:
+        """Trials in all, as far as it is known."""
+        confirm = self.job.search.confirm
+        extra = (min(confirm.top, self.num_arms) + 1) * len(confirm.seeds) if confirm else 0
+        return self.num_arms * len(self.job.search.seeds) + extra
+
+    def next_request(self) -> Request | None:
+        """The next trial to run; None while only running ones can bring more. Raises StopIteration at the end."""
+        hours = self.job.limits.hours
+        if hours is not None and time.monotonic() - self.started > hours * 3600:
+            self.notes.append(f"limits.hours: {hours} reached, no new trial was started; 'raylab resume' goes on")
+            raise StopIteration
+        while not self.queue:
+            if self._wants_more():
+                self._ask()
+            elif self.running:
+                return None
+            elif self.adaptive and self.job.search.confirm and not self.confirming:
+                self._confirm()
+            else:
+                raise StopIteration
+        request = self.queue.popleft()
+        self.running[f"{request.arm}-{request.seed}"] = request
+        return request
+
+    def _wants_more(self) -> bool:
+        if not self.adaptive:
+            return self.unasked > 0
+        return len(self.arms) < self.num_arms and self.repeats < MOST_REPEATS and not self.confirming
+
+    def _ask(self) -> None:
+        """One more point of the study: queued, or told at once where it is known, repeated or can't work."""
+        self.unasked -= 1
+        trial = self.study.ask()
+        values = _suggest(trial, self.job)
+        try:
+            arm = self.name_point(values)
+        except JobError as error:
+            self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            self.notes.append(f"infeasible: {error.problems[0]}")
+            self.repeats += 1
+            return
+        if arm in self.arms:
+            if arm in self.scores:
+                self.study.tell(trial, self.scores[arm])
+            else:
+                self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            self.repeats += 1
+            if self.adaptive and self.repeats == MOST_REPEATS:
+                self.notes.append(
+                    f"the space gave {MOST_REPEATS} known arms in a row: the search ends with {len(self.arms)}"
+                )
+            return
+        self.repeats = 0
+        self.values[arm] = values
+        self.arms[arm] = Arm(values, trial, set(self.job.search.seeds))
+        phase: Literal["search", "fixed"] = "search" if self.adaptive else "fixed"
+        for seed in self.job.search.seeds:
+            row = self.done.get((arm, phase, seed))
+            if row is not None:
+                self._note(arm, seed, row)
+            else:
+                self.queue.append(Request(values, arm, seed, phase))
+
+    def _confirm(self) -> None:
+        """The best arms and the base arm, again on fresh seeds."""
+        confirm = self.job.search.confirm
+        assert confirm is not None
+        self.confirming = True
+        best = sorted(self.scores, key=lambda arm: -self.sign * self.scores[arm])[: confirm.top]
+        chosen = {arm: self.values[arm] for arm in best}
+        try:
+            chosen.setdefault(self.name_point({}), {})
+        except JobError as error:
+            self.notes.append(f"the base arm can't run: {error.problems[0]}")
+        for seed in confirm.seeds:
+            for arm, values in chosen.items():
+                if (arm, "confirm", seed) not in self.done:
+                    self.queue.append(Request(values, arm, seed, "confirm"))
+
+    def finish(self, trial_id: str, row: Mapping[str, Any] | None) -> None:
+        """Takes a trial's last row; None where it left none."""
+        request = self.running.pop(trial_id)
+        if request.phase != "confirm":
+            self._note(request.arm, request.seed, row or {"status": "failed"})
+
+    def _note(self, arm: str, seed: int, row: Mapping[str, Any]) -> None:
+        state = self.arms[arm]
+        state.waiting.discard(seed)
+        values = read_targets(row)
+        if row["status"] == "stopped":
+            state.stopped_at = min(state.stopped_at or row["rung"], row["rung"])
+        if row["status"] in ("complete", "stopped") and values and values[0] is not None:
+            state.found.append(values[0])
+        if state.waiting or state.trial is None:
+            return
+        if not state.found:
+            self.study.tell(state.trial, state=optuna.trial.TrialState.FAIL)
+        elif state.stopped_at is not None:
+            state.trial.report(float(np.mean(state.found)), step=state.stopped_at)
+            self.study.tell(state.trial, state=optuna.trial.TrialState.PRUNED)
+        else:
+            self.scores[arm] = float(np.mean(state.found))
+            self.study.tell(state.trial, self.scores[arm])
+
+
+def read_targets(row: Mapping[str, Any]) -> list[float | None]:
+    """The target values of a row of `trials`."""
+    cell = row.get("target_values")
+    values: list[float | None] = json.loads(cell) if isinstance(cell, str) else list(cell or [])
+    return values
+
+
+def _is_current(job: Job, row: dict[str, Any]) -> bool:
+    """Whether a finished row was measured as the job now asks for: more shots asked of a finished job are missing."""
+    try:
+        settings = list_settings(with_settings(job, read_values(job, row)))
+    except JobError:
+        return False
+    return same_measures(row, settings)
+
+
+def keep_going(job: Job, results: Path, trial_id: str, values: Callable[[str, int], float | None], rung: int) -> bool:
+    """Whether a trial may go on after `rung`, by Optuna's successive halving over the arms of the same phase.
+
+    `values(trial_id, rung)` reads a trial's target at a rung from the tables; the study is replayed from them, so that
+    no process has to be asked.
+    """
+    if job.search.early_stopping == "none":
+        return True
+    target = job.search.targets[0]
+    study = optuna.create_study(
+        direction="minimize" if target.mode == "min" else "maximize",
+        pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2),
+    )
+    others = [row for row in list_trials(results, job.name) if row["phase"] == "search" and row["trial_id"] != trial_id]
+    for name, last in [*((row["trial_id"], row["rung"]) for row in others), (trial_id, rung)]:
+        replayed, verdict = study.ask(), False
+        for step in range(1, last + 1):
+            value = values(name, step)
+            if value is not None:
+                replayed.report(value, step)
+                verdict = replayed.should_prune()
+    return not verdict

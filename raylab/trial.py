@@ -1,0 +1,179 @@
+"""One trial, top to bottom, with or without Ray: pre-train to a rung, evaluate, write, ask whether to go on."""
+
+import functools
+import json
+import os
+import resource
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+import raylab
+from raylab.encoder import choose_device
+from raylab.evaluation import evaluate_encoder
+from raylab.mistakes import InfeasibleError, JobError, describe_error
+from raylab.pretrain import NotFiniteError, Training, num_rungs, open_data, start_rung, train_rung
+from raylab.settings import list_settings, resolve_target
+from raylab.specs import Job, TrialSpec
+from raylab.stages import FOLDER, Stage, read_info
+from raylab.tables import now, read_rows, read_trial, same_measures, write_rows
+from raylab.world import ALONE, World
+
+Decide = Callable[[TrialSpec, int], bool]
+FINISHED = ("complete", "stopped", "infeasible")
+
+
+def go_on(spec: TrialSpec, rung: int) -> bool:
+    """Never stops a trial early."""
+    return True
+
+
+def run_trial(spec: TrialSpec, *, decide: Decide = go_on, world: World = ALONE) -> dict[str, Any]:
+    """Runs a trial to its end, from wherever its tables and stages say it is, and returns its row of `trials`.
+
+    After each rung its rows are written, then `decide(spec, rung)` says whether to go on. All workers of a trial call
+    this together; rank 0 evaluates and writes. A setting that can't work ends as infeasible, a loss that is not finite
+    as failed; any other error is recorded as failed, without its message (which could quote a text), and raised.
+    """
+    row = _open_row(spec)
+    stages: list[Stage] = []
+    started = time.perf_counter()
+
+    def record(status: str, **changes: Any) -> None:
+        elapsed = time.perf_counter() - started
+        row.update(changes, status=status, updated_at=now(), peak_memory_bytes=_peak_memory())
+        row["wall_seconds"] = spent[0] + elapsed
+        row["gpu_seconds"] = row["wall_seconds"] * world.size if torch.cuda.is_available() else 0.0
+        if world.rank == 0:
+            _write_stages(spec, stages)
+            write_rows(Path(spec.results), spec.job, "trials", spec.trial_id, [row])
+
+    spent = (row["wall_seconds"],)
+    record("running")
+    try:
+        for rung in _run_rungs(spec, row, stages, world):
+            record("running", rung=rung)
+            if rung < num_rungs(spec.settings) and not world.broadcast(world.rank != 0 or decide(spec, rung)):
+                record("stopped")
+                return row
+        record("complete")
+    except (InfeasibleError, JobError) as error:
+        record("infeasible", error=str(error))
+    except NotFiniteError as error:
+        record("failed", error=str(error))
+    except Exception as error:
+        record("failed", error=describe_error(error))
+        raise
+    return row
+
+
+def _run_rungs(spec: TrialSpec, row: dict[str, Any], stages: list[Stage], world: World) -> Iterator[int]:
+    """Yields each rung's number once its rows are written. Rungs evaluated before are not evaluated again."""
+    results, done = Path(spec.results), row["rung"]
+    data = open_data(spec)
+    start = before = start_rung(spec, data, world)
+    stages.append(start)
+    training: Training | None = None
+    scores = [r for r in read_rows(results, spec.job, "scores", spec.trial_id) if r["rung"] <= done]
+    geometry = [r for r in read_rows(results, spec.job, "geometry", spec.trial_id) if r["rung"] <= done]
+    for rung in range(1, num_rungs(spec.settings) + 1):
+        if spec.settings.pretrain.objective != "none":
+            stage, training = train_rung(spec, data, start, before, rung, training, world)
+            stages.append(stage)
+            before = stage
+        if world.rank == 0 and rung > done:
+            found = evaluate_encoder(spec, before, rung)
+            stages.extend(found.stages)
+            scores += found.scores
+            geometry += found.geometry
+            write_rows(results, spec.job, "scores", spec.trial_id, scores)
+            write_rows(results, spec.job, "geometry", spec.trial_id, geometry)
+            write_rows(results, spec.job, "curves", spec.trial_id, read_curves(before.path))
+        info = read_info(before.path)
+        row.update(
+            num_steps=info["step"], num_tokens=info["tokens"], num_documents=info["documents"], flops=info["flops"]
+        )
+        if world.rank == 0:
+            row["target_values"] = compute_targets(spec.settings, scores, geometry, rung)
+        yield rung
+
+
+def read_curves(folder: Path) -> list[dict[str, Any]]:
+    """The curve up to a rung, as kept with its checkpoint."""
+    curves: list[dict[str, Any]] = json.loads((folder / "progress.json").read_text())["curves"]
+    return curves
+
+
+def compute_targets(
+    settings: Job, scores: list[dict[str, Any]], geometry: list[dict[str, Any]], rung: int
+) -> list[float | None]:
+    """The value of each of the search's targets at a rung, mean over draws; null where it is not defined."""
+    values: list[float | None] = []
+    for target in settings.search.targets:
+        wanted = resolve_target(settings, target) | {"rung": rung, "split": "validation"}
+        rows = scores if target.table == "scores" else geometry
+        found = [r["value"] for r in rows if all(r[k] == v for k, v in wanted.items())]
+        mean = float(np.mean(found)) if found else float("nan")
+        values.append(None if np.isnan(mean) else mean)
+    return values
+
+
+def _open_row(spec: TrialSpec) -> dict[str, Any]:
+    """The trial's row as it begins or goes on: rungs that were measured in the same way count as done."""
+    settings = list_settings(spec.settings)
+    before = read_trial(Path(spec.results), spec.job, spec.trial_id)
+    supervised = read_info(Path(spec.results) / FOLDER / spec.corpus)["supervised_by"]
+    fresh: dict[str, Any] = {
+        "job": spec.job, "trial_id": spec.trial_id, "arm": spec.arm, "phase": spec.phase, "seed": spec.seed,
+        "status": "running", "rung": 0, "num_rungs": num_rungs(spec.settings), "target_values": None, **settings,
+        "supervised_by": supervised.get(settings["pretrain.metadata.field"]),
+        "attempts": 1, "wall_seconds": 0.0, "gpu_seconds": 0.0, "device": describe_device(), "peak_memory_bytes": 0,
+        "data_digest": spec.data_digest, "code_version": describe_code(), "error": None, "started_at": now(),
+    }  # fmt: skip
+    if before is None:
+        return fresh
+    fresh |= {"attempts": before["attempts"] + 1, "started_at": before["started_at"]}
+    if same_measures(before, settings):
+        fresh |= {"rung": before["rung"], "wall_seconds": before["wall_seconds"]}
+    return fresh
+
+
+def _write_stages(spec: TrialSpec, stages: list[Stage]) -> None:
+    earlier = {row["stage_id"]: row for row in read_rows(Path(spec.results), spec.job, "stages", spec.trial_id)}
+    for stage in stages:
+        # What this trial built before it was interrupted stays its own work.
+        if stage.stage_id not in earlier or not stage.reused:
+            earlier[stage.stage_id] = {
+                "stage_id": stage.stage_id,
+                "kind": stage.kind,
+                "reused": stage.reused,
+                "wall_seconds": stage.wall_seconds,
+                "gpu_seconds": stage.wall_seconds if torch.cuda.is_available() else 0.0,
+            }
+    write_rows(Path(spec.results), spec.job, "stages", spec.trial_id, list(earlier.values()))
+
+
+def describe_device() -> str:
+    """What the trial runs on."""
+    return torch.cuda.get_device_name() if choose_device().type == "cuda" else "cpu"
+
+
+@functools.cache
+def describe_code() -> str:
+    """Versions that decide the numbers: raylab (and its commit, in a checkout), torch, transformers."""
+    folder = Path(raylab.__file__).parent
+    found = subprocess.run(["git", "-C", str(folder), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    commit = f"+{found.stdout.strip()}" if found.returncode == 0 and (folder.parent / ".git").exists() else ""
+    return f"raylab {raylab.__version__}{commit}, torch {torch.__version__}, transformers {transformers.__version__}"
+
+
+def _peak_memory() -> int:
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if os.name == "posix" else 0

@@ -1,0 +1,81 @@
+"""Where trials run: in a Tune actor, or, with several workers, under Ray Train with DistributedDataParallel."""
+
+from typing import Any
+
+import ray
+import torch
+import torch.distributed as dist
+from ray import train, tune
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from threadpoolctl import threadpool_limits
+
+from raylab.judge import decide
+from raylab.settings import dump_spec
+from raylab.specs import Job, TrialSpec
+from raylab.trial import run_trial
+from raylab.world import World
+
+# A trial of several workers holds next to nothing itself: its workers are reserved by Ray Train.
+COORDINATOR_CPUS = 0.01
+
+
+def gpus_per_worker(job: Job) -> float:
+    """What the job says, or 1 where the cluster has GPUs."""
+    wanted = job.resources.gpus_per_worker
+    return wanted if wanted is not None else float(ray.cluster_resources().get("GPU", 0) >= 1)
+
+
+def trial_resources(job: Job) -> tuple[dict[str, float], int]:
+    """What Tune reserves for a trial, and how many trials fit on the cluster now."""
+    cluster, workers = ray.cluster_resources(), job.resources.workers
+    gpus = gpus_per_worker(job)
+    cpu_slots = int(cluster.get("CPU", 1) / (job.resources.cpus_per_worker * workers))
+    slots = min(cpu_slots, int(cluster.get("GPU", 0) / (gpus * workers))) if gpus else cpu_slots
+    if workers > 1:
+        return {"CPU": COORDINATOR_CPUS}, max(1, slots)
+    return {"CPU": job.resources.cpus_per_worker, "GPU": gpus}, max(1, slots)
+
+
+def set_threads(cpus: int) -> None:
+    """As many threads as the trial has CPUs: two trials on two cores don't fight, and sums keep their order."""
+    torch.set_num_threads(cpus)
+    threadpool_limits(cpus)
+
+
+def tune_trial(config: dict[str, Any]) -> None:
+    """Tune's trainable: one trial from its spec."""
+    spec = TrialSpec.model_validate_json(config["spec"])
+    if spec.settings.resources.workers > 1:
+        _train_with_workers(spec)
+    else:
+        set_threads(spec.settings.resources.cpus_per_worker)
+        run_trial(spec, decide=decide)
+    tune.report({"rung": 1})
+
+
+def _train_with_workers(spec: TrialSpec) -> None:
+    resources = spec.settings.resources
+    gpus = gpus_per_worker(spec.settings)
+    per_worker = {"CPU": resources.cpus_per_worker - COORDINATOR_CPUS} | ({"GPU": gpus} if gpus else {})
+    TorchTrainer(
+        train_worker,
+        train_loop_config={"spec": dump_spec(spec)},
+        scaling_config=ScalingConfig(num_workers=resources.workers, use_gpu=gpus > 0, resources_per_worker=per_worker),
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=7200),
+        run_config=RunConfig(failure_config=FailureConfig(max_failures=0)),
+    ).fit()
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """One of a trial's workers; all of them run the same trial, rank 0 evaluates and writes."""
+    spec = TrialSpec.model_validate_json(config["spec"])
+    set_threads(spec.settings.resources.cpus_per_worker)
+    context = train.get_context()
+
+    def broadcast(value: Any) -> Any:
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    run_trial(spec, decide=decide, world=World(context.get_world_rank(), context.get_world_size(), broadcast))
