@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table as Grid
 
-from raylab.mistakes import JobError
+from raylab.mistakes import Interrupted, JobError
 
 app = typer.Typer(
     add_completion=False,
@@ -119,7 +119,7 @@ def resume(
 
 def _run(job: Any, results: Path, address: str | None, here: bool) -> None:
     from raylab.progress import SweepProgress
-    from raylab.sweep import Interrupted, run_job
+    from raylab.sweep import run_job
 
     progress = SweepProgress(messages)
     again = f"raylab resume {job.name}" + (f" --results {results}" if results != RESULTS else "")

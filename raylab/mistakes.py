@@ -23,6 +23,10 @@ class JobError(ValueError):
         self.problems = problems
 
 
+class Interrupted(Exception):  # noqa: N818 - a user's wish, not an error
+    """Ctrl-C: what is recorded stays, resume goes on."""
+
+
 class InfeasibleError(ValueError):
     """An arm that cannot work on this corpus, such as spans that no document is long enough for."""
 
