@@ -92,7 +92,8 @@ def _score_task(
     held_out = split.sealed[task] if sealed else table.filter(table["part"].to_numpy() == VALIDATION)
     key = {
         "baseline": name,
-        "rows": split.digests[task],
+        "task": task,  # its name seeds the draws
+        "rows": split.stored_digest,  # of this very split, also where every seed has its own
         "eval": [digest_column(held_out["text"]), digest_column(held_out["label"])],
         "shots": list(job.evaluate.shots),
         "draws": job.evaluate.draws,

@@ -132,7 +132,9 @@ def iterate_steps(units: Units, batch_tokens: int, seed: int, place: Place) -> I
         yield Step(np.concatenate(taken), np.concatenate(epochs), tokens, Place(epoch, position))
 
 
-def _mask(ids: Ints, mask: Ints, keys: Ints, seed: int, fraction: float, vocabulary: Vocabulary) -> tuple[Ints, Ints]:
+def _mask(
+    ids: Ints, mask: Ints, keys: Ints, seed: int, fraction: float, vocabulary: Vocabulary
+) -> tuple[Ints, NDArray[np.bool_]]:
     maskable = (mask > 0) & ~np.isin(ids, vocabulary.special_ids)
     masked, selected = mask_tokens(
         ids,

@@ -21,7 +21,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Hyperparameter and ablation studies of text encoders for healthcare text, on Ray.",
 )
-output, messages = Console(), Console(stderr=True)
+# Tables keep their shape in a pipe or file, where rich would take 80 columns.
+output = Console(width=None if sys.stdout.isatty() else 140)
+messages = Console(stderr=True)
 
 ResultsOption = Annotated[Path, typer.Option("--results", help="where results are kept")]
 DataOption = Annotated[Path | None, typer.Option("--data", help="a folder that holds the corpus files, by name")]
@@ -43,14 +45,21 @@ FormatOption = Annotated[Format, typer.Option("--format", help="table, json, csv
 
 
 def _overrides(items: list[str] | None) -> dict[str, Any]:
-    import yaml
+    from raylab.jobs import read_value
 
     found: dict[str, Any] = {}
+    problems: list[str] = []
     for item in items or []:
         name, sign, value = item.partition("=")
-        if not sign or not name:
-            raise JobError([f"--set {item}: must be SETTING=VALUE, such as pretrain.num_tokens=1000000"])
-        found[name] = yaml.safe_load(value)
+        if not sign or not all(name.split(".")):
+            problems.append(f"--set {item}: must be SETTING=VALUE, such as pretrain.num_tokens=1000000")
+            continue
+        try:
+            found[name] = read_value(value)
+        except JobError as error:
+            problems += [f"--set {item}: {problem}" for problem in error.problems]
+    if problems:
+        raise JobError(problems)
     return found
 
 
@@ -191,7 +200,7 @@ def status(
     from raylab.results import summarise_jobs
 
     rows = summarise_jobs(results, name)
-    if not rows:
+    if not rows and form is Format.table:
         messages.print(f"no jobs under {results}")
         return
     _print_rows(pa.Table.from_pylist(rows), form)
@@ -283,8 +292,14 @@ def synth(
     try:
         summary = write_notes(directory, num_notes=notes, seed=seed, label_noise=label_noise, max_words=max_words)
     except ValueError as error:
-        raise JobError([str(error)]) from None
+        raise JobError([f"synth: {problem}" for problem in str(error).split("; ")]) from None
+    except OSError as error:
+        raise JobError([f"{directory}: {error.strerror}; choose a folder that can be written"]) from None
     messages.print(f"{directory / 'notes.parquet'}: {summary['notes']} notes of {summary['patients']} patients")
+
+
+# What typer raises for a wrong command line: of click, or of the copy of click that typer carries.
+UsageError: type[Any] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -296,8 +311,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _call(act: Callable[[], Any], debug: bool) -> int:
-    import click
-
     try:
         return int(act() or 0)
     except JobError as error:
@@ -306,13 +319,13 @@ def _call(act: Callable[[], Any], debug: bool) -> int:
         for problem in error.problems:
             print(f"raylab: {problem}", file=sys.stderr)
         return 2
-    except click.exceptions.NoArgsIsHelpError as error:
-        print(error.format_message())
+    except UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message())
+        else:
+            print(f"raylab: {error.format_message().rstrip('.')}; see 'raylab --help'", file=sys.stderr)
         return 2
-    except click.ClickException as error:
-        print(f"raylab: {error.format_message()}; see 'raylab --help'", file=sys.stderr)
-        return 2
-    except (click.exceptions.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         print("raylab: interrupted", file=sys.stderr)
         return 1
     except Exception as error:

@@ -1,7 +1,7 @@
 """The corpus: texts read once, split by group, labels and categories coded from the training rows, and digests."""
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,6 +74,11 @@ def read_corpus(corpus: Corpus, fields: Collection[str]) -> ReadCorpus:
     if grouped and len(grouped) < len(wanted):
         missing = ", ".join(name for name in wanted if name not in grouped)
         problems.append(f"corpus: {missing} names no 'group' while other tables do; name one everywhere or nowhere")
+    problems += [
+        f"pretrain.metadata.field: a field can't be named '{field}', as the coded rows have a column of that name; "
+        "rename it with sql"
+        for field in sorted({"group", "part"}.intersection(fields))
+    ]
     if problems:
         raise JobError(problems)
     return ReadCorpus(tables, counts)
@@ -86,23 +91,28 @@ def _hash_unique(column: pa.ChunkedArray, *key: int | str) -> NDArray[np.int64]:
     return codes[encoded.indices.to_numpy(zero_copy_only=False)]
 
 
-def _assign_parts(table: pa.Table, groups: pa.ChunkedArray, corpus: Corpus, seed: int, where: str) -> NDArray[np.int8]:
+def _groups(table: pa.Table) -> pa.ChunkedArray:
+    """Without groups, rows of one text are one group: no text on two sides."""
+    return table["group"] if "group" in table.column_names else table["text"]
+
+
+def _assign_parts(table: pa.Table, corpus: Corpus, seed: int, where: str, problems: list[str]) -> NDArray[np.int8]:
     split = corpus.split
     if split.column is None:
-        share = _hash_unique(groups, "split", seed) / 2.0**63
+        share = _hash_unique(_groups(table), "split", seed) / 2.0**63
         edges = np.array([split.train, split.train + split.validation])
         return np.searchsorted(edges, share, side="right").astype(np.int8)
-    names = split.values or {part: (part,) for part in PARTS}
-    part_of = {value: PARTS.index(part) for part, values in names.items() for value in values}
+    part_of = {part: code for code, part in enumerate(PARTS)}
+    if split.values is not None:
+        part_of = {value: PARTS.index(part) for part, values in split.values.items() for value in values}
     column = table[split.column].combine_chunks().dictionary_encode()
     unknown = [value for value in column.dictionary.to_pylist() if value not in part_of]
     if unknown or column.null_count:
-        raise JobError(
-            [
-                f"{where}: split column '{split.column}' has {len(unknown)} values that name no part and "
-                f"{column.null_count} nulls; list the values in corpus.split.values"
-            ]
+        problems.append(
+            f"{where}: split column '{split.column}' has {len(unknown)} values that name no part and "
+            f"{column.null_count} nulls; list the values in corpus.split.values"
         )
+        return np.zeros(0, dtype=np.int8)
     codes = np.array([part_of[value] for value in column.dictionary.to_pylist()], dtype=np.int8)
     return codes[column.indices.to_numpy(zero_copy_only=False)]
 
@@ -119,12 +129,15 @@ def split_corpus(read: ReadCorpus, corpus: Corpus, fields: Collection[str], seed
     counts = {name: dict(table_counts) for name, table_counts in read.counts.items()}
     classes: dict[str, list[str]] = {}
     categories: dict[str, list[str]] = {}
+    places = {name: "corpus.documents" if name == DOCUMENTS else f"corpus.tasks.{name}" for name in read.tables}
+    parts = {
+        name: _assign_parts(table, corpus, split_seed, places[name], problems) for name, table in read.tables.items()
+    }
+    if problems:
+        raise JobError(problems)
     for name, table in read.tables.items():
-        where = "corpus.documents" if name == DOCUMENTS else f"corpus.tasks.{name}"
-        # Without groups, rows of one text are one group: no text on two sides.
-        groups = table["group"] if "group" in table.column_names else table["text"]
-        part = _assign_parts(table, groups, corpus, split_seed, where)
-        columns: dict[str, Any] = {"text": table["text"], "group": _hash_unique(groups, "group"), "part": part}
+        where, part = places[name], parts[name]
+        columns: dict[str, Any] = {"text": table["text"], "group": _hash_unique(_groups(table), "group"), "part": part}
         keep = np.ones(len(table), dtype=bool)
         if name == DOCUMENTS:
             for field in fields:
@@ -159,8 +172,12 @@ def split_corpus(read: ReadCorpus, corpus: Corpus, fields: Collection[str], seed
     sealed = {name: table.filter(pc.equal(table["part"], TEST)) for name, table in coded.items()}
     names = {**classes, **{f"metadata:{field}": values for field, values in categories.items()}}
     stored = _digest_tables(opened, fields, names)
-    # Where the split varies, every row trains in some trial: what was read, not one split of it, names the arms.
-    digests = _digest_tables(read.tables, fields, {}) if corpus.split.vary else stored
+    digests = stored
+    if corpus.split.vary:
+        # Every row trains in some trial: what was read and the rules of the split, not one split, name the arms.
+        rules: dict[str, Any] = {name: task.min_class_size for name, task in corpus.tasks.items()}
+        rules[DOCUMENTS] = corpus.split.model_dump(mode="json")
+        digests = _digest_tables(read.tables, fields, rules)
     supervised_by = _find_supervision(opened, corpus, fields)
     return SplitCorpus(opened, sealed, classes, categories, counts, digests, digest(stored), supervised_by)
 
@@ -197,8 +214,11 @@ def digest_column(column: pa.ChunkedArray) -> str:
     return hashlib.blake2b(array.to_numpy(zero_copy_only=False).tobytes(), digest_size=16).hexdigest()
 
 
-def _digest_tables(tables: dict[str, pa.Table], fields: Collection[str], names: dict[str, list[str]]) -> dict[str, str]:
-    """What was read, as far as it can change a result: `documents`, `metadata:FIELD`, and each task."""
+def _digest_tables(tables: dict[str, pa.Table], fields: Collection[str], names: Mapping[str, Any]) -> dict[str, str]:
+    """What was read, as far as it can change a result: `documents`, `metadata:FIELD`, and each task.
+
+    `names` holds what else counts under a key, such as the class names behind the codes.
+    """
     parts: dict[str, str] = {}
     for name, table in tables.items():
         columns = [column for column in table.column_names if column not in fields or name != DOCUMENTS]
@@ -217,13 +237,13 @@ def _find_supervision(opened: dict[str, pa.Table], corpus: Corpus, fields: Colle
             if task.label == field:
                 found[field] = name
                 continue
-            both = (
-                opened[DOCUMENTS]
-                .select(["text", field])
-                .join(opened[name].select(["text", "label"]), "text", join_type="inner")
-            )
-            pairs = both.filter(pc.greater_equal(both[field], 0)).group_by([field, "label"]).aggregate([])
-            num_fields, num_labels = (pc.count_distinct(pairs[column]).as_py() for column in (field, "label"))
+            # Distinct rows: texts that are often repeated would meet each other in the join.
+            fielded = opened[DOCUMENTS].select(["text", field]).rename_columns(["text", "field"])
+            fielded = fielded.filter(pc.greater_equal(fielded["field"], 0)).group_by(["text", "field"]).aggregate([])
+            labelled = opened[name].group_by(["text", "label"]).aggregate([])
+            both = fielded.join(labelled, "text", join_type="inner")
+            pairs = both.group_by(["field", "label"]).aggregate([])
+            num_fields, num_labels = (pc.count_distinct(pairs[column]).as_py() for column in ("field", "label"))
             if len(both) >= 20 and num_labels > 1 and len(pairs) == num_fields == num_labels:
                 found[field] = name
     return found
@@ -238,7 +258,9 @@ def store_corpus(results: Path, split: SplitCorpus) -> Stage:
                 writer.write_table(table.drop_columns("text").combine_chunks())
         return {"classes": split.classes, "categories": split.categories, "supervised_by": split.supervised_by}
 
-    return build_stage(results, "corpus", {"rows": split.stored_digest}, build)
+    # Which column names a label was read from is not in the digest of its rows, but decides supervised_by.
+    key = {"rows": split.stored_digest, "supervised_by": split.supervised_by}
+    return build_stage(results, "corpus", key, build)
 
 
 def open_rows(folder: Path, table: str) -> dict[str, NDArray[Any]]:

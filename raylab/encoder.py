@@ -116,13 +116,14 @@ def load_encoder(path: str, revision: str | None = None, seed: int = 0) -> tuple
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
+        config = AutoConfig.from_pretrained(path, revision=revision or "main")
+        if config.model_type not in HEADS:
+            raise JobError([f"encoder: family '{config.model_type}' is not supported; use {', '.join(HEADS)}"])
         model, loading = AutoModelForMaskedLM.from_pretrained(
-            path, revision=revision or "main", output_loading_info=True, dtype=torch.float32
+            path, revision=revision or "main", config=config, output_loading_info=True, dtype=torch.float32
         )
     finally:
         transformers_logging.set_verbosity(before)
-    if model.config.model_type not in HEADS:
-        raise JobError([f"encoder: family '{model.config.model_type}' is not supported; use {', '.join(HEADS)}"])
     base = f"{model.base_model_prefix}."
     new_head = any(not name.startswith(base) for name in loading["missing_keys"])
     if new_head:
@@ -132,6 +133,7 @@ def load_encoder(path: str, revision: str | None = None, seed: int = 0) -> tuple
 
 def save_encoder(model: nn.Module, tokenizer: Path, folder: Path) -> None:
     """A normal Hugging Face directory: weights, config and the tokenizer's files."""
+    transformers_logging.disable_progress_bar()
     model.save_pretrained(folder)  # type: ignore[operator]
     for file in tokenizer.iterdir():
         if file.name != "stage.json":
@@ -180,7 +182,8 @@ def embed(
     was_training = model.training
     model.eval()
     pieces = cut_pieces(store.lengths, rows, max_length, long_documents)
-    sums = np.zeros((len(rows), model.config.hidden_size), dtype=np.float32)  # type: ignore[union-attr, arg-type]
+    config: Any = model.config
+    sums = np.zeros((len(rows), config.hidden_size), dtype=np.float32)
     tokens = np.zeros(len(rows), dtype=np.float32)
     # Texts of like length go together: little padding, and a stable order keeps the numbers the same.
     order = np.argsort(-pieces.length, kind="stable")
@@ -196,4 +199,5 @@ def embed(
         np.add.at(sums, pieces.owner[batch], pool(hidden, mask_t).cpu().numpy() * weight[:, None])
         np.add.at(tokens, pieces.owner[batch], weight)
     model.train(was_training)
-    return sums / tokens[:, None]
+    sums /= tokens[:, None]
+    return sums

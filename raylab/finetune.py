@@ -10,6 +10,7 @@ from torch import nn
 
 from raylab.batches import Ints, cut_pieces, pad_rows, slice_piece
 from raylab.encoder import encode, pool, precision, split_layers
+from raylab.mistakes import InfeasibleError
 from raylab.specs import Corpus, FineTune
 from raylab.tokens import TokenStore, Vocabulary
 
@@ -20,11 +21,11 @@ def freeze(encoder: nn.Module, depth: str) -> list[nn.Module]:
     """Freezes an encoder up to `depth` and returns the frozen modules.
 
     none: nothing; embeddings: the embeddings; "1" to "N": those and so many layers from below; all: everything.
-    Raises ValueError where the encoder has fewer layers.
+    Raises InfeasibleError where the encoder has fewer layers.
     """
     parts = split_layers(encoder)
     if depth.isdigit() and int(depth) > len(parts.layers):
-        raise ValueError(f"evaluate.frozen_layers: '{depth}' exceeds the encoder's {len(parts.layers)} layers")
+        raise InfeasibleError(f"evaluate.frozen_layers: '{depth}' exceeds the encoder's {len(parts.layers)} layers")
     frozen: list[nn.Module] = []
     if depth == "all":
         frozen = [encoder]

@@ -23,8 +23,11 @@ from raylab.settings import (
     dump_job,
     is_integer,
     is_list,
+    list_settings,
+    list_unread,
+    possible_values,
 )
-from raylab.specs import Choices, Job
+from raylab.specs import Choices, Job, Range
 
 
 class _Loader(yaml.SafeLoader):
@@ -33,7 +36,11 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str | int | float):
+                raise JobError([f"line {key_node.start_mark.line + 1}: a key must be a name; put it in quotes"])
             if key in seen:
                 raise JobError([f"line {key_node.start_mark.line + 1}: key '{key}' stands twice; keep one"])
             seen.add(key)
@@ -46,10 +53,27 @@ def _construct_exponent(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float
     return int(value) if "." not in text and "-" not in text[1:] and value.is_integer() else value
 
 
-_Loader.add_implicit_resolver(
-    "!exponent", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes the strings that `_Loader` would read as numbers."""
+
+
+for _resolver in (_Loader, _Dumper):
+    _resolver.add_implicit_resolver(
+        "!exponent", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    )
 _Loader.add_constructor("!exponent", _construct_exponent)
+
+
+def _describe_yaml_error(error: yaml.YAMLError) -> str:
+    return str(getattr(error, "problem", None) or str(error).splitlines()[0])
+
+
+def read_value(text: str) -> Any:
+    """A value written on the command line, read as in a job file. Raises JobError."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise JobError([f"the value is not YAML ({_describe_yaml_error(error)}); check brackets and quotes"]) from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -66,7 +90,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
         raise JobError(
-            [f"{path}:{line} is not YAML ({getattr(error, 'problem', error)}); check indents and quotes"]
+            [f"{path}:{line} is not YAML ({_describe_yaml_error(error)}); check indents and quotes"]
         ) from None
     if not isinstance(content, dict):
         raise JobError([f"{path}: must be a mapping of keys to values, not {type(content).__name__}"])
@@ -79,8 +103,9 @@ def merge(base: dict[str, Any], variant: dict[str, Any]) -> dict[str, Any]:
     for key, value in variant.items():
         if value is None:
             merged.pop(key, None)
-        elif isinstance(value, dict) and isinstance(merged.get(key), dict):
-            merged[key] = merge(merged[key], value)
+        elif isinstance(value, dict):
+            inherited = merged.get(key)
+            merged[key] = merge(inherited if isinstance(inherited, dict) else {}, value)
         else:
             merged[key] = value
     return merged
@@ -103,7 +128,11 @@ def _resolve_paths(raw: dict[str, Any], folder: Path, data: Path | None) -> None
         if isinstance(table.get("path"), str):
             table["path"] = str((data / Path(table["path"]).name).resolve()) if data else absolute(table["path"])
         if isinstance(table.get("sql"), str):
-            table["root"] = str(data.resolve()) if data else absolute(table.get("root", "."))
+            table.setdefault("root", ".")
+        elif "sql" in table:  # a variant that leaves the query leaves its root too
+            table.setdefault("root", None)
+        if isinstance(table.get("root"), str):
+            table["root"] = str(data.resolve()) if data else absolute(table["root"])
     encoder = raw.get("encoder")
     if isinstance(encoder, dict) and isinstance(encoder.get("pretrained"), str):
         encoder["pretrained"] = _resolve_encoder(encoder["pretrained"], folder)
@@ -114,7 +143,8 @@ def _resolve_paths(raw: dict[str, Any], folder: Path, data: Path | None) -> None
 
 def _resolve_encoder(name: str, folder: Path) -> str:
     """A name with a leading dot or an existing folder is a directory; anything else a Hugging Face name."""
-    return str((folder / name).resolve()) if name.startswith((".", "~", "/")) or (folder / name).is_dir() else name
+    path = folder / Path(name).expanduser()
+    return str(path.resolve()) if name.startswith((".", "~", "/")) or path.is_dir() else name
 
 
 def _read_space(path: Path) -> dict[str, Any]:
@@ -137,7 +167,10 @@ def _read_chain(path: Path, data: Path | None, seen: tuple[Path, ...] = ()) -> t
     _resolve_paths(own, path.parent, data)
     if base_name is None:
         return own, own
-    base, _ = _read_chain(path.parent / base_name, data, (*seen, path.resolve()))
+    base_path = path.parent / base_name
+    if not base_path.exists():
+        raise JobError([f"base: {base_path} is not there; correct the path, which starts at the folder of {path.name}"])
+    base, _ = _read_chain(base_path, data, (*seen, path.resolve()))
     return merge(base, own), own
 
 
@@ -148,29 +181,45 @@ def load_job(path: Path, *, overrides: Mapping[str, Any] | None = None, data: Pa
     Raises JobError with every mistake.
     """
     raw, own = _read_chain(Path(path), data)
+    if overrides and "pretrain.objective" in overrides:
+        own = {}  # of another objective, the file's blocks are inherited ones
     for key, value in (overrides or {}).items():
-        block: dict[str, Any] = {}
-        for part in reversed(key.split(".")):
-            block = {part: block or value} if block else {part: value}
-        if data is None:
-            _resolve_paths(block, Path.cwd(), None)
-        raw = merge(raw, block)
+        parts = key.split(".")
+        if parts[:2] == ["search", "space"] and len(parts) > 2:
+            parts[2:] = [".".join(parts[2:])]
+            raw = _fill_space(raw)
+        block: Any = value
+        for part in reversed(parts):
+            block = {part: block}
+        _resolve_paths(block, Path.cwd(), data)
+        raw, own = merge(raw, block), merge(own, block)
+    return check_job(_fill_space(raw), own)
+
+
+def _fill_space(raw: dict[str, Any]) -> dict[str, Any]:
+    """The mapping with the search space read from its file."""
     search = raw.get("search")
-    if isinstance(search, dict) and isinstance(search.get("space"), str):
-        raw["search"] = {**search, "space": _read_space(Path(search["space"]))}
-    return check_job(raw, own)
+    if not isinstance(search, dict) or not isinstance(search.get("space"), str):
+        return raw
+    path = Path(search["space"])
+    if not path.exists():
+        raise JobError([f"search.space: {path} is not there; correct the path"])
+    return {**raw, "search": {**search, "space": _read_space(path)}}
 
 
 def check_job(raw: dict[str, Any], own: dict[str, Any] | None = None) -> Job:
     """A `Job` from a merged mapping; `own` is what the job file itself wrote (blocks in it must be read)."""
-    raw = json.loads(json.dumps(raw, default=str))
+    try:
+        raw = json.loads(json.dumps(raw, default=str))
+    except ValueError:
+        raise JobError(["the job holds itself: a YAML alias (*name) stands within its own anchor; remove it"]) from None
     space = raw.get("search", {}).get("space") if isinstance(raw.get("search"), dict) else None
     if isinstance(space, dict):
         raw["search"]["space"] = {k: {"choices": v} if isinstance(v, list) else v for k, v in space.items()}
     try:
         job = Job.model_validate_json(json.dumps(raw))
     except ValidationError as error:
-        raise JobError([explain(dict(detail)) for detail in error.errors()]) from None
+        raise JobError(explain(error)) from None
     problems = [*_check_space(job), *_check_references(job), *_check_blocks(job, own or {}), *check_settings(job)]
     if problems:
         raise JobError(list(dict.fromkeys(problems)))
@@ -178,8 +227,19 @@ def check_job(raw: dict[str, Any], own: dict[str, Any] | None = None) -> Job:
 
 
 def dump_yaml(job: Job) -> str:
-    """The resolved job as YAML: what is kept beside its results, and reads back as the same job."""
-    return yaml.safe_dump(dump_job(job), sort_keys=False, allow_unicode=True)
+    """The resolved job as YAML: what is kept beside its results, and reads back as the same job.
+
+    Settings that none of its arms reads are left out: written, they would be refused.
+    """
+    raw = dump_job(job)
+    for name in list_unread(job):
+        *path, last = name.split(".")
+        block = raw
+        for part in path:
+            block = block[part]
+        del block[last]
+    raw["pretrain"] = {key: value for key, value in raw["pretrain"].items() if value != {}}
+    return str(yaml.dump(raw, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
 
 def _check_space(job: Job) -> list[str]:
@@ -211,16 +271,16 @@ def _check_space(job: Job) -> list[str]:
             if job.search.design == "grid" and (entry.log or (entry.step is None and not is_integer(name))):
                 problems.append(f"{where}: a grid needs 'choices', or a range with a 'step'")
         field = SETTINGS[name]
-        adapter: TypeAdapter[Any] = TypeAdapter(
-            typing.Annotated[field.annotation, field] if field.metadata else field.annotation
-        )
+        annotation: Any = typing.Annotated[field.annotation, field] if field.metadata else field.annotation
+        adapter: TypeAdapter[Any] = TypeAdapter(annotation)
         for value in values:
             listed = [value] if is_list(name) and not isinstance(value, list) else value
             try:
                 adapter.validate_json(json.dumps(listed), strict=True)
             except ValidationError as error:
-                problems.append(explain({**error.errors()[0], "loc": (*where.split("."), str(value))}))
+                problems += explain(error, ("search", "space", name))
         for condition, wanted in (entry.when or {}).items():
+            options = wanted if isinstance(wanted, list) else [wanted]
             if condition not in SETTINGS:
                 near = difflib.get_close_matches(condition, list(SETTINGS), n=1)
                 problems.append(
@@ -228,14 +288,23 @@ def _check_space(job: Job) -> list[str]:
                 )
             elif condition in job.search.space and condition not in earlier:
                 problems.append(f"{where}.when: '{condition}' must stand before it in the space")
-            elif condition in job.search.space and isinstance(other := job.search.space[condition], Choices):
-                missing = [v for v in (wanted if isinstance(wanted, list) else [wanted]) if v not in other.choices]
-                if missing:
+            elif isinstance(other := job.search.space.get(condition), Range):
+                if missing := [v for v in options if not _lies_within(v, other)]:
                     problems.append(
-                        f"{where}.when: '{condition}' is never {missing[0]!r}; use one of {list(other.choices)}"
+                        f"{where}.when: '{condition}' is never {missing[0]!r}; use a number from {other.low:g} to "
+                        f"{other.high:g}"
                     )
+            else:
+                possible = list(other.choices) if other else [list_settings(job)[condition]]
+                if missing := [v for v in options if v not in possible]:
+                    valid = f"use one of {possible}" if other else f"it is always {possible[0]!r} here: search it too"
+                    problems.append(f"{where}.when: '{condition}' is never {missing[0]!r}; {valid}")
         earlier.append(name)
     return problems
+
+
+def _lies_within(value: Any, entry: Range) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and entry.low <= value <= entry.high
 
 
 def _check_references(job: Job) -> list[str]:
@@ -243,16 +312,16 @@ def _check_references(job: Job) -> list[str]:
     tasks = list(job.corpus.tasks)
 
     def near(value: str, names: typing.Sequence[str]) -> str:
-        match = difflib.get_close_matches(value, names, n=1)
+        match = [] if value.isdigit() else difflib.get_close_matches(value, names, n=1)
         return f"did you mean '{match[0]}'?" if match else f"valid: {', '.join(map(str, names))}"
 
-    for task in job.evaluate.tasks or ():
+    for task in sorted(possible_values(job, "evaluate.tasks") - {None}):
         if task not in tasks:
             problems.append(f"evaluate.tasks: '{task}' is not in corpus.tasks; {near(task, tasks)}")
     if "documents" in tasks:
         problems.append("corpus.tasks.documents: this name is taken by the documents; rename the task")
     evaluated = list(job.evaluate.tasks or tasks)
-    possible = {name: _possible_values(job, f"evaluate.{name}") for name in ("shots", "frozen_layers", "probes")}
+    possible = {name: possible_values(job, f"evaluate.{name}") for name in ("shots", "frozen_layers", "probes")}
     for index, target in enumerate(job.search.targets):
         where = f"search.targets.{index}"
         if target.task not in evaluated:
@@ -279,37 +348,32 @@ def _check_references(job: Job) -> list[str]:
     return problems
 
 
-def _possible_values(job: Job, name: str) -> set[Any]:
-    """All values that a setting can take in this job."""
-    base: Any = job
-    for part in name.split("."):
-        base = getattr(base, part, None)
-    values = set(base) if isinstance(base, tuple) else {base}
-    entry = job.search.space.get(name)
-    if isinstance(entry, Choices):
-        values |= {v for choice in entry.choices for v in (choice if isinstance(choice, list) else [choice])}
-    return values
-
-
 def _check_blocks(job: Job, own: dict[str, Any]) -> list[str]:
-    """A block that no objective of this job reads is refused where the file itself wrote it."""
-    objectives = _possible_values(job, "pretrain.objective")
-    read = {block for objective in objectives for block in OBJECTIVE_BLOCKS[objective]}
+    """A block that no arm of this job reads is refused where the file itself wrote it, or its space varies it."""
+    objectives = possible_values(job, "pretrain.objective")
+    read = {block for objective in objectives for block in OBJECTIVE_BLOCKS.get(objective, ())}
+    named = ", ".join(sorted(map(str, objectives)))
     pretrain = own.get("pretrain")
+    written = {k: v for k, v in pretrain.items() if v is not None} if isinstance(pretrain, dict) else {}
     problems = [
-        f"pretrain.{block}: objective {', '.join(sorted(objectives))} does not read it; remove the block"
+        f"pretrain.{block}: objective {named} does not read it; remove the block"
         for block in LOSS_BLOCKS
-        if isinstance(pretrain, dict) and block in pretrain and block not in read
+        if block in written and block not in read
     ]
+    unread = list_unread(job)
     for name in job.search.space:
-        block = name.split(".")[1]
-        if name.startswith("pretrain.") and block in LOSS_BLOCKS and block not in read:
-            problems.append(f"search.space.{name}: no objective of this job reads it; remove it")
-        if name.startswith("pretrain.rungs"):
+        if name in unread:
+            problems.append(f"search.space.{name}: no arm of this job reads it; remove it")
+        if name == "pretrain.rungs":
             problems.append("search.space.pretrain.rungs: rungs change no result; they can't be searched")
-    if objectives == {"none"} and isinstance(pretrain, dict):
-        extra = sorted(set(pretrain) - {"objective"} - set(LOSS_BLOCKS))
+        if name.startswith(("encoder.config.", "encoder.tokenizer.")) and job.encoder.config is None:
+            problems.append(f"search.space.{name}: the encoder is not from scratch; remove it or set encoder.config")
+    if objectives == {"none"}:
+        extra = sorted(set(written) - {"objective"} - set(LOSS_BLOCKS))
         problems += [f"pretrain.{key}: objective none does not read it; remove it" for key in extra]
-    if "metadata" in objectives and _possible_values(job, "pretrain.metadata.field") == {None}:
+    temperature = "pretrain.metadata.temperature"
+    if "metadata" in read and temperature in unread and written.get("metadata", {}).get("temperature") is not None:
+        problems.append(f"{temperature}: loss cross_entropy does not read it; remove it")
+    if "metadata" in objectives and possible_values(job, "pretrain.metadata.field") == {None}:
         problems.append("pretrain.metadata.field: is missing; name a column of corpus.documents")
     return problems

@@ -65,7 +65,7 @@ class GatherRows(torch.autograd.Function):
 
 
 def _gather(rows: Tensor, workers: int) -> Tensor:
-    gathered: Tensor = GatherRows.apply(rows) if workers > 1 else rows  # type: ignore[no-untyped-call]
+    gathered: Tensor = GatherRows.apply(rows) if workers > 1 else rows
     return gathered
 
 

@@ -1,12 +1,14 @@
 """Arms side by side: means with intervals over seeds, and paired differences to the base arm on shared seeds."""
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
 
-from raylab.results import open_tables, read_cell, read_heldout
+from raylab.results import SeedValue, open_tables, read_cell, read_heldout
 from raylab.settings import resolve_target
 from raylab.specs import Job, Target
 
@@ -61,7 +63,7 @@ def rank_arms(
     """The arms of a job, best mean first. Only complete trials of fixed designs and confirmations count."""
     labels = label_arms(results, job)
     by_arm: dict[str, dict[int, float]] = {}
-    for row in read_cell(results, job.name, table, cell, split):
+    for row in _read_values(results, job, table, cell, split):
         by_arm.setdefault(row.arm, {})[row.seed] = row.value
     reference = by_arm.get(base, {})
     ranked = []
@@ -71,6 +73,24 @@ def rank_arms(
         label = "base" if arm == base and not labels.get(arm) else labels.get(arm) or arm
         ranked.append(RankedArm(arm, label, compute_interval(list(values.values())), difference))
     return sorted(ranked, key=lambda row: row.value.mean, reverse=mode == "max")
+
+
+def _read_values(results: Path, job: Job, table: str, cell: dict[str, Any], split: str) -> Iterator[SeedValue]:
+    """The values of a cell; where freeze depths are searched, each arm's at its own, as the search's targets are."""
+    if "evaluate.frozen_layers" not in job.search.space or "frozen_layers" not in cell:
+        yield from read_cell(results, job.name, table, cell, split)
+        return
+    asked = open_tables(results).execute(
+        'select arm, any_value("evaluate.frozen_layers") from trials where job = ? group by arm', [job.name]
+    )
+    depths: dict[str, str] = {}
+    for arm, text in asked.fetchall():
+        own = json.loads(text) if text is not None else [cell["frozen_layers"]]
+        depths[arm] = cell["frozen_layers"] if cell["frozen_layers"] in own else own[0]
+    frozen = job.evaluate.probes[0] if cell["probe"] == "head" else cell["probe"]
+    for depth in dict.fromkeys(depths.values()):
+        here = cell | {"frozen_layers": depth, "probe": frozen if depth == "all" else "head"}
+        yield from (row for row in read_cell(results, job.name, table, here, split) if depths[row.arm] == depth)
 
 
 def label_arms(results: Path, job: Job) -> dict[str, str]:

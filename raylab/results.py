@@ -5,10 +5,14 @@ from typing import Any, NamedTuple
 
 import duckdb
 import pyarrow as pa
+import pyarrow.dataset
+import pyarrow.parquet as pq
 import yaml
 
 from raylab.mistakes import JobError
 from raylab.tables import SCHEMAS
+
+ATTEMPTS = 5
 
 
 def _quote(text: str) -> str:
@@ -16,23 +20,25 @@ def _quote(text: str) -> str:
 
 
 def open_tables(results: Path) -> duckdb.DuckDBPyConnection:
-    """A DuckDB connection with one view a table over all jobs, that can read nothing but the results folder.
+    """A DuckDB connection with one view a table over all jobs, that can reach no other file, nor write any.
 
-    Files are joined by column name, so rows of older versions stay readable. Raises JobError without a results folder.
+    Columns are joined by name, so rows of older versions stay readable. Raises JobError without a results folder.
     """
     if not results.is_dir():
         raise JobError([f"--results {results}: no such folder; give the one that 'raylab run' wrote to"])
     connection = duckdb.connect()
     for table, schema in SCHEMAS.items():
-        files = [path for path in results.glob(f"*/{table}") if path.is_dir() and not path.parent.name.startswith("_")]
-        patterns = [f"{path}/*.parquet" for path in files if any(path.glob("*.parquet"))]
-        connection.register(f"empty_{table}", schema.empty_table())
-        union = f"select * from empty_{table}"
-        if patterns:
-            listed = ", ".join(_quote(pattern) for pattern in patterns)
-            union += f" union all by name select * from read_parquet([{listed}], union_by_name=true)"
-        connection.execute(f"create view {table} as {union}")
-    connection.execute(f"set allowed_directories=[{_quote(str(results.resolve()))}]")
+        files = [
+            str(path)
+            for path in sorted(results.glob(f"*/{table}/*.parquet"))
+            if not path.name.startswith(".") and not path.parts[-3].startswith("_")
+        ]
+        if table == "trials":  # settings come and go with versions, the columns of other tables don't
+            older = {field.name: field for path in files for field in pq.read_schema(path)}
+            schema = pa.schema([*schema, *(older[name] for name in sorted(older.keys() - set(schema.names)))])
+        # Through Arrow, which opens a file once for its footer and its rows. DuckDB's own reader opens it again by its
+        # name, and fails on a file that was replaced in between.
+        connection.register(table, pyarrow.dataset.dataset(files, schema=schema, format="parquet"))
     connection.execute("set enable_external_access=false")
     connection.execute("set lock_configuration=true")
     return connection
@@ -40,12 +46,19 @@ def open_tables(results: Path) -> duckdb.DuckDBPyConnection:
 
 def query(results: Path, sql: str) -> pa.Table:
     """The answer to a query. Raises JobError where it is wrong, in one line."""
-    connection = open_tables(results)
-    try:
-        return connection.execute(sql).to_arrow_table()
-    except duckdb.Error as error:
-        first = str(error).splitlines()[0]
-        raise JobError([f"query: {first}; 'raylab query --list' shows the tables and their columns"]) from None
+    for attempt in range(1, ATTEMPTS + 1):
+        connection = open_tables(results)
+        try:
+            answer = connection.sql(sql)
+            if answer is None:
+                raise JobError(["query: it asks for no rows; begin it with select or from"])
+            return answer.to_arrow_table()
+        except duckdb.Error as error:
+            first = str(error).splitlines()[0]
+            # A query that names a table twice reads its files twice, and one may be replaced in between.
+            if attempt == ATTEMPTS or "reading the stream registered as" not in first:
+                raise JobError([f"query: {first}; 'raylab query --list' shows the tables and their columns"]) from None
+    raise AssertionError("the last attempt returns or raises")
 
 
 def list_jobs(results: Path) -> list[str]:
@@ -68,25 +81,23 @@ def summarise_jobs(results: Path, name: str | None = None) -> list[dict[str, Any
         find_job(results, name)
     connection = open_tables(results)
     where = "" if name is None else f"and job = {_quote(name)}"
-    rows: list[dict[str, Any]] = (
-        connection.execute(
-            f"""
-            select job,
-                   count(*) filter (status = 'complete') as complete,
-                   count(*) filter (status = 'running') as running,
-                   count(*) filter (status = 'stopped') as stopped,
-                   count(*) filter (status = 'failed') as failed,
-                   count(*) filter (status = 'infeasible') as infeasible,
-                   count(distinct arm) as arms,
-                   round(sum(wall_seconds), 1) as trial_seconds,
-                   arg_max(error, updated_at) filter (error is not null) as last_error,
-                   max(updated_at) as updated_at
-            from trials where arm not like 'baseline:%' {where} group by job order by job
-            """
-        )
-        .to_arrow_table()
-        .to_pylist()
+    found = connection.sql(
+        f"""
+        select job,
+               count(*) filter (status = 'complete') as complete,
+               count(*) filter (status = 'running') as running,
+               count(*) filter (status = 'stopped') as stopped,
+               count(*) filter (status = 'failed') as failed,
+               count(*) filter (status = 'infeasible') as infeasible,
+               count(distinct arm) as arms,
+               round(sum(wall_seconds), 1) as trial_seconds,
+               arg_max(error, updated_at) filter (error is not null) as last_error,
+               max(updated_at) as updated_at
+        from trials where arm not like 'baseline:%' {where} group by job order by job
+        """
     )
+    assert found is not None
+    rows: list[dict[str, Any]] = found.to_arrow_table().to_pylist()
     known = {row["job"] for row in rows}
     empty = [{"job": job, "complete": 0} for job in list_jobs(results) if job not in known and name in (None, job)]
     return rows + empty

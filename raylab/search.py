@@ -6,6 +6,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -14,6 +15,7 @@ import optuna
 
 from raylab.identity import canonical
 from raylab.mistakes import JobError
+from raylab.noise import derive_seed
 from raylab.settings import is_integer, is_list, is_read, list_settings, with_settings
 from raylab.specs import Choices, Job, Range
 from raylab.tables import list_trials, plain_value, same_measures
@@ -72,28 +74,57 @@ def _encode(value: Any) -> Any:
 
 def is_active(job: Job, name: str, values: Mapping[str, Any]) -> bool:
     """Whether a searched setting has a meaning beside the values chosen before it: its `when`, and what is read."""
-    settings = list_settings(job) | dict(values)
-    for condition, wanted in (job.search.space[name].when or {}).items():
-        if settings[condition] not in (wanted if isinstance(wanted, list) else [wanted]):
-            return False
     objective = values.get("pretrain.objective", job.pretrain.objective)
     loss = values.get("pretrain.metadata.loss", job.pretrain.metadata.loss)
     metadata = job.pretrain.metadata.model_copy(update={"loss": loss})
     pretrain = job.pretrain.model_copy(update={"objective": objective, "metadata": metadata})
-    return is_read(job.model_copy(update={"pretrain": pretrain}), name)
+    chosen = job.model_copy(update={"pretrain": pretrain})
+    if when := job.search.space[name].when:
+        settings = list_settings(chosen) | dict(values)
+        for condition, wanted in when.items():
+            if settings[condition] not in (wanted if isinstance(wanted, list) else [wanted]):
+                return False
+    return is_read(chosen, name)
 
 
-def _number(name: str, value: float) -> int | float:
+def order_space(job: Job) -> list[str]:
+    """The searched settings in the file's order, but each behind those that decide whether it has a meaning."""
+    ordered: list[str] = []
+
+    def add(name: str, above: tuple[str, ...]) -> None:
+        if name not in job.search.space or name in ordered or name in above:
+            return
+        deciders = list(job.search.space[name].when or {})
+        if name.startswith("pretrain.") and name != "pretrain.objective":
+            deciders.append("pretrain.objective")
+        if name == "pretrain.metadata.temperature":
+            deciders.append("pretrain.metadata.loss")
+        for decider in deciders:
+            add(decider, (*above, name))
+        ordered.append(name)
+
+    for name in job.search.space:
+        add(name, ())
+    return ordered
+
+
+def _number(name: str, entry: Range, index: int) -> int | float:
+    """The value `index` steps above the low end, in decimal: 0.1 and two steps of 0.1 are 0.3, as if it were listed."""
+    value = Decimal(str(entry.low)) + index * Decimal(str(entry.step or 1))
     return int(value) if is_integer(name) else float(value)
+
+
+def _last_step(entry: Range) -> int:
+    """Steps from the low end to the highest value that is in the range."""
+    low, high, step = (Decimal(str(number)) for number in (entry.low, entry.high, entry.step or 1))
+    return int((high - low) // step)
 
 
 def list_values(name: str, entry: Choices | Range) -> list[Any]:
     """The values of a setting on a grid."""
     if isinstance(entry, Choices):
         return list(entry.choices)
-    step = entry.step or 1
-    count = int((entry.high - entry.low) / step + 1e-9) + 1
-    return [_number(name, entry.low + i * step) for i in range(count)]
+    return [_number(name, entry, index) for index in range(_last_step(entry) + 1)]
 
 
 def list_points(job: Job) -> Iterator[Values]:
@@ -108,41 +139,66 @@ def list_points(job: Job) -> Iterator[Values]:
             for value in list_values(names[0], job.search.space[names[0]]):
                 yield from extend({**values, names[0]: value}, names[1:])
 
-    yield from extend({}, list(job.search.space))
+    yield from extend({}, order_space(job))
 
 
 def _suggest(trial: optuna.Trial, job: Job) -> Values:
-    """A point of the space, setting by setting in the file's order."""
+    """A point of the space, setting by setting."""
     values: Values = {}
-    for name, entry in job.search.space.items():
+    for name in order_space(job):
+        entry = job.search.space[name]
         if not is_active(job, name, values):
             continue
         if isinstance(entry, Choices):
             coded = {_encode(choice): choice for choice in entry.choices}
             values[name] = coded[trial.suggest_categorical(name, list(coded))]
-        elif is_integer(name):
-            step = int(entry.step or 1)
-            values[name] = trial.suggest_int(name, int(entry.low), int(entry.high), log=entry.log, step=step)
+        elif is_integer(name) and entry.log:
+            values[name] = trial.suggest_int(name, int(entry.low), int(entry.high), log=True)
+        elif is_integer(name) or entry.step is not None:
+            # By the number of steps: the same values as on a grid.
+            index = trial.suggest_int(name, 0, _last_step(entry))
+            values[name] = _number(name, entry, index)
         else:
-            values[name] = trial.suggest_float(name, entry.low, entry.high, log=entry.log, step=entry.step)
+            values[name] = trial.suggest_float(name, entry.low, entry.high, log=entry.log)
     return values
 
 
+def _encode_point(job: Job, values: Mapping[str, Any]) -> Values:
+    """A point as the study holds it, so that `_suggest` gives these values back."""
+    coded: Values = {}
+    for name, value in values.items():
+        entry = job.search.space[name]
+        if isinstance(entry, Range) and not entry.log and (is_integer(name) or entry.step is not None):
+            coded[name] = round((value - entry.low) / (entry.step or 1))
+        else:
+            coded[name] = _encode(value)
+    return coded
+
+
 def read_values(job: Job, row: Mapping[str, Any]) -> Values:
-    """The searched values of a row of `trials`; a setting that is null there was not active."""
+    """The searched values of a row of `trials`, as far as the space holds them; only settings that were active."""
     values: Values = {}
-    for name, entry in job.search.space.items():
-        cell = row.get(name)
-        if cell is None:
+    for name in order_space(job):
+        entry, cell = job.search.space[name], row.get(name)
+        if not is_active(job, name, values):
             continue
         if isinstance(entry, Choices):
             for choice in entry.choices:
                 listed = [choice] if is_list(name) and not isinstance(choice, list) else choice
                 if plain_value(listed) == cell:
                     values[name] = choice
-        else:
+        elif cell is not None and entry.low <= cell <= entry.high:
             values[name] = cell
     return values
+
+
+def _is_point(job: Job, values: Values) -> bool:
+    """Whether some values are a whole point of the space: what the study asks for beside them would be made up."""
+    if any(is_active(job, name, values) and name not in values for name in job.search.space):
+        return False
+    coded = _encode_point(job, values)
+    given = optuna.trial.FixedTrial(coded)
+    return _suggest(given, job) == values
 
 
 class Search:
@@ -176,10 +232,8 @@ class Search:
         points = [] if self.adaptive else list(list_points(job))
         self.unasked = len(points)
         self.num_arms = (job.search.num_arms or 0) if self.adaptive else len(points)
-        make = SAMPLERS.get(job.search.design)
         self.study = optuna.create_study(
-            direction="minimize" if self.sign < 0 else "maximize",
-            sampler=make(job.search.sampler_seed, self.num_arms) if make else optuna.samplers.RandomSampler(seed=0),
+            direction="minimize" if self.sign < 0 else "maximize", sampler=optuna.samplers.RandomSampler(seed=0)
         )
         self.done = {
             (row["arm"], row["phase"], row["seed"]): row
@@ -188,7 +242,7 @@ class Search:
         }
         self._reopen()
         for point in points:
-            self.study.enqueue_trial({name: _encode(value) for name, value in point.items()})
+            self.study.enqueue_trial(_encode_point(job, point))
 
     def _reopen(self) -> None:
         """Puts the arms that the tables know back into the study, in their order, before any new one is asked for."""
@@ -199,11 +253,12 @@ class Search:
             if row["phase"] == phase and row["arm"] not in self.arms and len(self.arms) < self.num_arms:
                 values = read_values(self.job, row)
                 try:
-                    if self.name_point(values) != row["arm"]:
-                        continue  # of an earlier version of the job or of other data
+                    # Else of an earlier version of the job or of its space, or of other data.
+                    if not _is_point(self.job, values) or self.name_point(values) != row["arm"]:
+                        continue
                 except JobError:
                     continue
-                self.study.enqueue_trial({name: _encode(value) for name, value in values.items()})
+                self.study.enqueue_trial(_encode_point(self.job, values))
                 self._ask()
 
     @property
@@ -215,10 +270,6 @@ class Search:
 
     def next_request(self) -> Request | None:
         """The next trial to run; None while only running ones can bring more. Raises StopIteration at the end."""
-        hours = self.job.limits.hours
-        if hours is not None and time.monotonic() - self.started > hours * 3600:
-            self.notes.append(f"limits.hours: {hours} reached, no new trial was started; 'raylab resume' goes on")
-            raise StopIteration
         while not self.queue:
             if self._wants_more():
                 self._ask()
@@ -228,6 +279,10 @@ class Search:
                 self._confirm()
             else:
                 raise StopIteration
+        hours = self.job.limits.hours
+        if hours is not None and time.monotonic() - self.started > hours * 3600:
+            self.notes.append(f"limits.hours: {hours} reached, no new trial was started; 'raylab resume' goes on")
+            raise StopIteration
         request = self.queue.popleft()
         self.running[f"{request.arm}-{request.seed}"] = request
         return request
@@ -240,6 +295,12 @@ class Search:
     def _ask(self) -> None:
         """One more point of the study: queued, or told at once where it is known, repeated or can't work."""
         self.unasked -= 1
+        if self.adaptive:
+            # Numbers of their own for every arm: a resumed search asks for what an unbroken one would, not again for
+            # its first arms. A sampler that gave a known arm would mostly give it again: then any other will do.
+            seed = derive_seed(self.job.search.sampler_seed, len(self.arms), self.repeats) % 2**32
+            make = SAMPLERS["random" if self.repeats else self.job.search.design]
+            self.study.sampler = make(seed, self.num_arms)
         trial = self.study.ask()
         values = _suggest(trial, self.job)
         try:
@@ -247,18 +308,11 @@ class Search:
         except JobError as error:
             self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
             self.notes.append(f"infeasible: {error.problems[0]}")
-            self.repeats += 1
+            self._repeat()
             return
         if arm in self.arms:
-            if arm in self.scores:
-                self.study.tell(trial, self.scores[arm])
-            else:
-                self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
-            self.repeats += 1
-            if self.adaptive and self.repeats == MOST_REPEATS:
-                self.notes.append(
-                    f"the space gave {MOST_REPEATS} known arms in a row: the search ends with {len(self.arms)}"
-                )
+            self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            self._repeat()
             return
         self.repeats = 0
         self.values[arm] = values
@@ -270,6 +324,15 @@ class Search:
                 self._note(arm, seed, row)
             else:
                 self.queue.append(Request(values, arm, seed, phase))
+
+    def _repeat(self) -> None:
+        """Counts a point that gave no new arm; too many in a row end a search."""
+        self.repeats += 1
+        if self.adaptive and self.repeats == MOST_REPEATS:
+            self.notes.append(
+                f"the space gave {MOST_REPEATS} known or infeasible arms in a row: the search ends with "
+                f"{len(self.arms)} of {self.num_arms} arms"
+            )
 
     def _confirm(self) -> None:
         """The best arms and the base arm, again on fresh seeds."""
@@ -327,27 +390,3 @@ def _is_current(job: Job, row: dict[str, Any]) -> bool:
     except JobError:
         return False
     return same_measures(row, settings)
-
-
-def keep_going(job: Job, results: Path, trial_id: str, values: Callable[[str, int], float | None], rung: int) -> bool:
-    """Whether a trial may go on after `rung`, by Optuna's successive halving over the arms of the same phase.
-
-    `values(trial_id, rung)` reads a trial's target at a rung from the tables; the study is replayed from them, so that
-    no process has to be asked.
-    """
-    if job.search.early_stopping == "none":
-        return True
-    target = job.search.targets[0]
-    study = optuna.create_study(
-        direction="minimize" if target.mode == "min" else "maximize",
-        pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2),
-    )
-    others = [row for row in list_trials(results, job.name) if row["phase"] == "search" and row["trial_id"] != trial_id]
-    for name, last in [*((row["trial_id"], row["rung"]) for row in others), (trial_id, rung)]:
-        replayed, verdict = study.ask(), False
-        for step in range(1, last + 1):
-            value = values(name, step)
-            if value is not None:
-                replayed.report(value, step)
-                verdict = replayed.should_prune()
-    return not verdict

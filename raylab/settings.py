@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from raylab.mistakes import JobError, explain, inner_types, model_of
-from raylab.specs import Job, Target, TrialSpec
+from raylab.specs import Choices, Job, Target, TrialSpec
 
 # Settings that a search space may vary. The corpus is shared by all arms, so only its cutting may differ.
 ARM_BLOCKS = ("corpus.max_length", "corpus.long_documents", "encoder.", "pretrain.", "evaluate.")
@@ -20,6 +20,7 @@ OBJECTIVE_BLOCKS: dict[str, tuple[str, ...]] = {
     "declutr": ("mlm", "declutr"),
     "metadata": ("mlm", "metadata"),
 }
+ENCODER_STARTS = ("encoder.pretrained", "encoder.trial")
 LOSS_BLOCKS = ("mlm", "declutr", "metadata")
 
 # Every supported family puts one token before and one behind a text.
@@ -99,6 +100,34 @@ def is_read(job: Job, name: str) -> bool:
     return name != "pretrain.metadata.temperature" or job.pretrain.metadata.loss == "supervised_contrastive"
 
 
+def possible_values(job: Job, name: str) -> set[Any]:
+    """All values that a setting can take in this job."""
+    base: Any = job
+    for part in name.split("."):
+        base = getattr(base, part, None)
+    values = set(base) if isinstance(base, tuple) else {base}
+    entry = job.search.space.get(name)
+    if isinstance(entry, Choices):
+        values |= {v for choice in entry.choices for v in (choice if isinstance(choice, list) else [choice])}
+    return values
+
+
+def list_unread(job: Job) -> list[str]:
+    """The settings of pretrain that no arm of this job reads."""
+    arms = [
+        job.model_copy(
+            update={
+                "pretrain": job.pretrain.model_copy(
+                    update={"objective": objective, "metadata": job.pretrain.metadata.model_copy(update={"loss": loss})}
+                )
+            }
+        )
+        for objective in possible_values(job, "pretrain.objective") & set(OBJECTIVE_BLOCKS)
+        for loss in possible_values(job, "pretrain.metadata.loss")
+    ]
+    return [n for n in SETTINGS if n.startswith("pretrain.") and not any(is_read(arm, n) for arm in arms)]
+
+
 def with_settings(job: Job, values: Mapping[str, Any]) -> Job:
     """The job with some settings changed; raises JobError with the rules that the result breaks.
 
@@ -113,12 +142,12 @@ def with_settings(job: Job, values: Mapping[str, Any]) -> Job:
                 block[part] = {}
             block = block[part]
         block[last] = [value] if is_list(name) and not isinstance(value, list) else value
-        if name == "encoder.pretrained":
-            block.update(config=None, tokenizer=None, trial=None)
+        if name in ENCODER_STARTS:  # one start takes the place of the others
+            block.update({key: None for key in ("pretrained", "trial", "config", "tokenizer") if key != last})
     try:
         changed = Job.model_validate_json(json.dumps(raw))
     except ValidationError as error:
-        raise JobError([explain(dict(detail)) for detail in error.errors()]) from None
+        raise JobError(explain(error)) from None
     if problems := check_settings(changed):
         raise JobError(problems)
     return changed

@@ -3,13 +3,32 @@
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    model_validator,
+)
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 PARTS = ("train", "validation", "test")
+
+
+def _check_depth(depth: str) -> str:
+    if depth not in ("all", "none", "embeddings") and not re.fullmatch(r"[1-9][0-9]*", depth):
+        raise ValueError("not a depth: use all, none, embeddings or a number of layers in quotes")
+    return depth
+
+
+Depth = Annotated[str, AfterValidator(_check_depth)]
+Cosine = Annotated[float, Field(ge=-1, le=1)]
 
 
 class Model(BaseModel):
@@ -32,7 +51,11 @@ class Table(Model):
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if (self.path is None) == (self.sql is None):
-            raise ValueError("needs exactly one of 'path' and 'sql'")
+            raise ValueError("needs exactly one of 'path' and 'sql'; leave one out, or set it to null over a base")
+        if self.sql is None and self.root is not None:
+            raise ValueError("'root' is for 'sql': leave it out")
+        if self.path is None and self.format is not None:
+            raise ValueError("'format' is for 'path': leave it out")
         return self
 
 
@@ -63,7 +86,8 @@ class Split(Model):
             if self.values is not None:
                 raise ValueError("'values' needs 'column'")
             if abs(self.train + self.validation + self.test - 1) > 1e-9:
-                raise ValueError("train, validation and test must add up to 1")
+                total = self.train + self.validation + self.test
+                raise ValueError(f"train, validation and test must add up to 1, not {total:g}")
             if min(self.train, self.validation) == 0:
                 raise ValueError("train and validation must be above 0")
         elif written & {"train", "validation", "test", "seed", "vary"}:
@@ -117,7 +141,9 @@ class Encoder(Model):
     @model_validator(mode="after")
     def _one_start(self) -> Self:
         if sum(start is not None for start in (self.pretrained, self.trial, self.config)) != 1:
-            raise ValueError("needs exactly one of 'pretrained', 'trial' and 'config'")
+            raise ValueError(
+                "needs exactly one of 'pretrained', 'trial' and 'config'; set the others to null over a base"
+            )
         if (self.config is None) != (self.tokenizer is None):
             raise ValueError("'config' and 'tokenizer' belong together: from scratch, both are made")
         if self.revision is not None and self.pretrained is None:
@@ -203,16 +229,9 @@ class FineTune(Model):
 class Geometry(Model):
     """What is measured of the embedding space, on validation rows."""
 
-    thresholds: tuple[float, ...] = (0.5, 0.7, 0.9)
+    thresholds: tuple[Cosine, ...] = (0.5, 0.7, 0.9)
     max_points: int = Field(2000, ge=10)
     graph_points: int = Field(500, ge=10)
-
-    @field_validator("thresholds")
-    @classmethod
-    def _cosines(cls, thresholds: tuple[float, ...]) -> tuple[float, ...]:
-        if any(not -1 <= threshold <= 1 for threshold in thresholds):
-            raise ValueError("cosine thresholds lie between -1 and 1")
-        return thresholds
 
 
 class Retrieval(Model):
@@ -227,7 +246,7 @@ class Evaluate(Model):
 
     tasks: tuple[Name, ...] | None = Field(None, description="null: all of corpus.tasks")
     shots: tuple[Annotated[int, Field(ge=1)] | Literal["full"], ...] = Field((8, 32), min_length=1)
-    frozen_layers: tuple[str, ...] = Field(("all",), min_length=1, description="all, none, embeddings, or '1' to 'N'")
+    frozen_layers: tuple[Depth, ...] = Field(("all",), min_length=1, description="all, none, embeddings, or '1' to 'N'")
     draws: int = Field(5, ge=1, le=1000)
     probes: tuple[Literal["logistic", "mlp"], ...] = Field(("logistic", "mlp"), min_length=1)
     selection: Literal["fixed", "cross_validation"] = Field(
@@ -236,14 +255,6 @@ class Evaluate(Model):
     fine_tune: FineTune = FineTune()
     geometry: Geometry = Geometry()
     retrieval: Retrieval = Retrieval()
-
-    @field_validator("frozen_layers")
-    @classmethod
-    def _depths(cls, depths: tuple[str, ...]) -> tuple[str, ...]:
-        for depth in depths:
-            if depth not in ("all", "none", "embeddings") and not re.fullmatch(r"[1-9][0-9]*", depth):
-                raise ValueError(f"'{depth}' is not a depth: use all, none, embeddings or a number of layers in quotes")
-        return depths
 
     @model_validator(mode="after")
     def _no_repeats(self) -> Self:
@@ -299,12 +310,20 @@ class Range(Model):
         return self
 
 
+Entry = Annotated[
+    Annotated[Choices, Tag("Choices")] | Annotated[Range, Tag("Range")],
+    Discriminator(lambda entry: "Range" if isinstance(entry, Range) or _has_bounds(entry) else "Choices"),
+]
+
+
+def _has_bounds(entry: Any) -> bool:
+    return isinstance(entry, dict) and "choices" not in entry and bool({"low", "high", "log", "step"} & set(entry))
+
+
 class Search(Model):
     """Which arms are run on which seeds."""
 
-    space: dict[str, Choices | Range] = Field(
-        {}, description="dotted setting -> choices or range; or a YAML file of it"
-    )
+    space: dict[str, Entry] = Field({}, description="dotted setting -> choices or range; or a YAML file of it")
     design: Literal["grid", "random", "tpe"] = "grid"
     num_arms: int | None = Field(None, ge=1, description="random and tpe: how many arms are searched")
     seeds: tuple[Seed, ...] = Field((0,), min_length=1)

@@ -104,19 +104,24 @@ def write_rows(
     os.replace(scratch, path)
 
 
+def _read_file(path: Path, table: str) -> list[dict[str, Any]]:
+    """The rows of a file by today's columns: null where an older raylab did not write them."""
+    rows: list[dict[str, Any]] = pq.read_table(path, schema=SCHEMAS[table], partitioning=None).to_pylist()
+    return rows
+
+
 def read_trial(results: Path, job: str, trial_id: str) -> dict[str, Any] | None:
     """A trial's row of `trials`, or None."""
     path = table_path(results, job, "trials", trial_id)
     if not path.is_file():
         return None
-    row: dict[str, Any] = pq.read_table(path).to_pylist()[0]
-    return row
+    return _read_file(path, "trials")[0]
 
 
 def read_rows(results: Path, job: str, table: str, trial_id: str, suffix: str = "") -> list[dict[str, Any]]:
     """A trial's rows of a table; none where it has not written yet."""
     path = table_path(results, job, table, trial_id, suffix)
-    return pq.read_table(path).to_pylist() if path.is_file() else []
+    return _read_file(path, table) if path.is_file() else []
 
 
 def list_trials(results: Path, job: str) -> Iterator[dict[str, Any]]:
@@ -125,6 +130,6 @@ def list_trials(results: Path, job: str) -> Iterator[dict[str, Any]]:
         row
         for path in sorted((results / job / "trials").glob("*.parquet"))
         if not path.name.startswith(".")
-        for row in pq.read_table(path).to_pylist()
+        for row in _read_file(path, "trials")
     ]
     yield from sorted(rows, key=lambda row: (row["started_at"], row["trial_id"]))

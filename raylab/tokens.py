@@ -131,7 +131,10 @@ def store_tokens(
         raw, lengths, num_words = folder / "raw", [np.zeros(1, np.int64)], 0
         with raw.open("wb") as stream:
             for batch in _batches(texts):
-                rows = fast(batch, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+                # A text that spells out "<mask>" has the pieces of that word, not the mask token.
+                rows = fast(batch, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)[
+                    "input_ids"
+                ]
                 np.concatenate([np.asarray(row, dtype=np.int32) for row in rows]).tofile(stream)
                 lengths.append(np.array([len(row) for row in rows], dtype=np.int64))
                 num_words += sum(len(text.split()) for text in batch)
@@ -139,9 +142,9 @@ def store_tokens(
         offsets = np.cumsum(np.concatenate(lengths))
         values = np.memmap(raw, dtype=np.int32, mode="r") if offsets[-1] else np.zeros(0, np.int32)
         array = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values))
-        table = pa.table({"tokens": array})
-        with pa.ipc.new_file(folder / "tokens.arrow", table.schema) as writer:
-            writer.write_table(table)
+        record = pa.record_batch({"tokens": array})
+        with pa.ipc.new_file(folder / "tokens.arrow", record.schema) as writer:
+            writer.write_batch(record)  # also where a table has no rows: write_table would write nothing
         raw.unlink()
         return {"rows": len(texts), "tokens": int(offsets[-1]), "words": num_words}
 

@@ -1,0 +1,277 @@
+"""What a job would run and what the corpus makes of its settings: counted from the token stores, before any GPU."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table as Grid
+
+from raylab.batches import describe_spans
+from raylab.corpus import DOCUMENTS, TRAIN, metadata_fields
+from raylab.mistakes import JobError, explain
+from raylab.preparation import Preparation, make_spec, name_point, prepare
+from raylab.search import Search, list_points, list_values
+from raylab.settings import OBJECTIVE_BLOCKS, with_settings
+from raylab.specs import Choices, Job, TrialSpec
+from raylab.stages import open_stage, read_info
+from raylab.tables import list_trials
+from raylab.tokens import open_tokens
+
+# AdamW keeps two more numbers a weight beside the weight itself, all of four bytes.
+BYTES_A_WEIGHT = 12
+
+
+def plan_job(job: Job, results: Path) -> dict[str, Any]:
+    """Arms, trials, tokens, disk and time; what the corpus holds; spans and documents kept; settings that can't work.
+
+    Plain values. Tokenises where no store is there yet; a job planned before is read from the stores.
+    """
+    preparation = prepare(job, results)
+    base = make_spec(preparation, {}, job.search.seeds[0], "fixed")
+    found: dict[str, Any] = {"job": job.name, "design": job.search.design}
+    found |= _plan_arms(preparation)
+    found["corpus"] = _describe_tables(preparation, base)
+    found["spans"] = _describe_spans(preparation, base)
+    return found
+
+
+def _plan_arms(preparation: Preparation) -> dict[str, Any]:
+    job, results = preparation.job, preparation.results
+    search = Search(job, results, lambda values: name_point(preparation, values)[0])
+    infeasible: list[str] = []
+    points: list[tuple[dict[str, Any], int]]
+    seeds, confirm = job.search.seeds, job.search.confirm
+    if search.adaptive:
+        # Which arms a search will ask for isn't known; the base arm stands for their cost.
+        arms, points = search.num_arms, [({}, search.num_arms)]
+        trials = search.num_planned
+    else:
+        points, known = [], set[str]()
+        for values in list_points(job):
+            try:
+                arm, _ = name_point(preparation, values)
+            except JobError as error:
+                infeasible.append(error.problems[0])
+                continue
+            if arm not in known:
+                known.add(arm)
+                points.append((values, 1))
+        arms, trials = len(points), len(points) * len(seeds)
+    tokens = pretrainings = 0
+    for values, count in points:
+        _, arm_job = name_point(preparation, values)
+        if arm_job.pretrain.objective != "none":
+            tokens += arm_job.pretrain.num_tokens * len(seeds) * count
+            pretrainings += len(seeds) * count
+    if confirm and search.adaptive:
+        extra = (min(confirm.top, search.num_arms) + 1) * len(confirm.seeds)
+        tokens += extra * job.pretrain.num_tokens
+        pretrainings += extra
+    done = [
+        row
+        for row in list_trials(results, job.name)
+        if row["status"] == "complete" and not row["arm"].startswith("baseline")
+    ]
+    rate = _measured_rate(results, job.name)
+    disk = pretrainings * job.pretrain.rungs * _checkpoint_bytes(job, preparation)
+    return {
+        "arms": arms,
+        "trials": trials,
+        "trials_done": len(done),
+        "pretrainings": pretrainings,
+        "encoder_starts": len({*seeds, *(confirm.seeds if confirm else ())}),
+        "tokens": tokens,
+        "disk_bytes": disk,
+        "disk_free_bytes": shutil.disk_usage(next(p for p in (results, *results.parents) if p.exists())).free,
+        "tokens_per_second": rate,
+        "hours": tokens / rate / 3600 if rate else None,
+        "cant_work": infeasible,
+    }
+
+
+def _checkpoint_bytes(job: Job, preparation: Preparation) -> int:
+    """Bytes of a rung's checkpoint: an encoder's weights and AdamW's state."""
+    config = job.encoder.config
+    if config is not None and job.encoder.tokenizer is not None:
+        layer = 4 * config.hidden_size**2 + 2 * config.hidden_size * config.intermediate_size
+        embeddings = (job.encoder.tokenizer.vocab_size + job.corpus.max_length) * config.hidden_size
+        return BYTES_A_WEIGHT * (config.num_hidden_layers * layer + embeddings + config.hidden_size**2)
+    start = make_spec(preparation, {}, job.search.seeds[0], "fixed").encoder_path
+    files = Path(start or "").glob("*.safetensors") if start and Path(start).is_dir() else ()
+    return 3 * sum(file.stat().st_size for file in files)
+
+
+def _measured_rate(results: Path, name: str) -> float | None:
+    """Tokens a second of pre-training, from this job's own trials; None before any has run."""
+    rates = []
+    for row in list_trials(results, name):
+        if row["status"] == "complete" and row["num_tokens"] and row["attempts"] == 1 and row["wall_seconds"]:
+            rates.append(row["num_tokens"] / row["wall_seconds"])
+    return float(np.median(rates)) if rates else None
+
+
+def _describe_tables(preparation: Preparation, base: TrialSpec) -> list[dict[str, Any]]:
+    """A row a table, and a row a class of it: rows by part, tokens a row and a word, share of rows and tokens cut."""
+    split, longest = preparation.split(base.seed), preparation.job.corpus.max_length - 2
+    described: list[dict[str, Any]] = []
+    for name, table in split.open.items():
+        folder = open_stage(preparation.results, base.tokens[name])
+        assert folder is not None
+        info, lengths = read_info(folder), open_tokens(folder).lengths
+        train = table["part"].to_numpy() == TRAIN
+        row: dict[str, Any] = {
+            "table": name,
+            "class": None,
+            "counts": split.counts[name],
+            "rows": len(lengths),
+            "median_tokens": float(np.median(lengths)) if len(lengths) else 0.0,
+            "tokens_per_word": info["tokens"] / max(info["words"], 1),
+        } | _cut(lengths, longest)
+        described.append(row)
+        groups = (
+            {"label": split.classes[name]}
+            if name != DOCUMENTS
+            else {f: split.categories[f] for f in metadata_fields(preparation.job)}
+        )
+        for column, names in groups.items():
+            codes = table[column].to_numpy()
+            for code, class_name in enumerate(names):
+                here = lengths[codes == code]
+                row = {
+                    "table": name,
+                    "class": f"{column}={class_name}",
+                    "counts": {"train": int((train & (codes == code)).sum())},
+                    "rows": len(here),
+                    "median_tokens": float(np.median(here)),
+                    "tokens_per_word": None,
+                }
+                described.append(row | _cut(here, longest))
+    return described
+
+
+def _cut(lengths: Any, longest: int) -> dict[str, float]:
+    over = np.maximum(lengths - longest, 0)
+    return {"rows_cut": float((over > 0).mean()), "tokens_cut": float(over.sum() / max(lengths.sum(), 1))}
+
+
+def _describe_spans(preparation: Preparation, base: TrialSpec) -> list[dict[str, Any]]:
+    """Documents kept and effective spans for every span setting of the job, over all and by metadata class."""
+    job = preparation.job
+    objectives = {job.pretrain.objective, *_choices(job, "pretrain.objective")}
+    if not any("declutr" in OBJECTIVE_BLOCKS[objective] for objective in objectives):
+        return []
+    folder = open_stage(preparation.results, base.tokens[DOCUMENTS])
+    assert folder is not None
+    documents = preparation.split(base.seed).open[DOCUMENTS]
+    train = documents["part"].to_numpy() == TRAIN
+    lengths = open_tokens(folder).lengths
+    rows: list[dict[str, Any]] = []
+    for settings in _span_settings(job):
+        try:
+            declutr = job.pretrain.declutr.model_validate(job.pretrain.declutr.model_dump() | settings)
+        except ValidationError as error:
+            problems = explain(error, ("pretrain", "declutr"))
+            rows.append({"settings": settings, "class": None, "cant_work": "; ".join(problems)})
+            continue
+        everything = describe_spans(lengths[train], declutr)
+        note = _broken_rules(job, settings)
+        if not everything["documents"]:
+            shortest = declutr.min_document_length or declutr.shortest_document()
+            note = f"no training document has {shortest} tokens"
+        rows.append({"settings": settings, "class": None, "cant_work": note} | everything)
+        for field in metadata_fields(job):
+            codes = documents[field].to_numpy()
+            for code, value in enumerate(preparation.split(base.seed).categories[field]):
+                described = describe_spans(lengths[train & (codes == code)], declutr)
+                rows.append({"settings": settings, "class": f"{field}={value}", "cant_work": None} | described)
+    return rows
+
+
+def _broken_rules(job: Job, settings: Mapping[str, Any]) -> str | None:
+    """The rules that a span setting breaks beside the job's other settings; those that are searched may yet suit it."""
+    try:
+        with_settings(
+            job, {"pretrain.objective": "declutr"} | {f"pretrain.declutr.{k}": v for k, v in settings.items()}
+        )
+    except JobError as error:
+        own = "pretrain.declutr"
+        named = [(problem.split(":")[0], problem) for problem in error.problems]
+        kept = [line for name, line in named if name.startswith(own) or name not in job.search.space]
+        return "; ".join(kept) or None
+    return None
+
+
+def _choices(job: Job, name: str) -> list[Any]:
+    entry = job.search.space.get(name)
+    return list(entry.choices) if isinstance(entry, Choices) else []
+
+
+def _span_settings(job: Job) -> list[dict[str, Any]]:
+    """Every combination of the settings that decide which documents are kept: a handful, listed whole."""
+    settings: list[dict[str, Any]] = [{}]
+    for field in ("num_anchors", "max_span", "min_span", "short_documents", "min_document_length"):
+        entry = job.search.space.get(f"pretrain.declutr.{field}")
+        values = list_values(f"pretrain.declutr.{field}", entry) if entry else [getattr(job.pretrain.declutr, field)]
+        settings = [{**others, field: value} for others in settings for value in values]
+    return settings
+
+
+def print_plan(found: Mapping[str, Any], console: Console) -> None:
+    """The plan for people."""
+    console.print(
+        f"{found['job']}: {found['design']}, {found['arms']} arms, {found['trials']} trials "
+        f"({found['trials_done']} done), {found['pretrainings']} pre-trainings from {found['encoder_starts']} encoder "
+        f"starts, {found['tokens']:,} tokens",
+        highlight=False,
+    )
+    hours = (
+        f"about {found['hours']:.1f} trial hours"
+        if found["hours"]
+        else "no trial has run yet: no rate to tell the time"
+    )
+    console.print(
+        f"checkpoints: {found['disk_bytes'] / 1e9:.2f} GB of {found['disk_free_bytes'] / 1e9:.0f} GB free; {hours}",
+        highlight=False,
+    )
+    for line in found["cant_work"]:
+        console.print(f"can't work: {line}", style="red", highlight=False)
+    grid = Grid(title="corpus: training and validation rows")
+    for column in (
+        "table",
+        "class",
+        "train",
+        "rows",
+        "median tokens",
+        "tokens a word",
+        "rows cut",
+        "tokens cut",
+        "left out",
+    ):
+        grid.add_column(column, overflow="fold")
+    for row in found["corpus"]:
+        counts = row["counts"]
+        skipped = {
+            k: v for k, v in counts.items() if k not in ("rows", "rows_read", "train", "validation", "test") and v
+        }
+        ratio = row["tokens_per_word"]
+        grid.add_row(
+            row["table"], row["class"] or "", str(counts["train"]), str(row["rows"]), f"{row['median_tokens']:.0f}",
+            f"{ratio:.2f}" if ratio else "", f"{row['rows_cut']:.1%}", f"{row['tokens_cut']:.1%}",
+            ", ".join(f"{v} {k}" for k, v in skipped.items()),
+        )  # fmt: skip
+    console.print(grid)
+    if found["spans"]:
+        grid = Grid(title="DeCLUTR: training documents kept, by span setting")
+        for column in ("settings", "class", "kept", "share", "shrunk", "median longest span", ""):
+            grid.add_column(column, overflow="fold")
+        for row in found["spans"]:
+            named = ", ".join(f"{k}={v}" for k, v in row["settings"].items() if v is not None)
+            shown = () if "documents" not in row else (
+                str(row["documents"]), f"{row['share']:.1%}", str(row["shrunk"]), f"{row['median_max_span']:.0f}",
+            )  # fmt: skip
+            grid.add_row(named, row["class"] or "all", *(shown or ("", "", "", "")), row["cant_work"] or "")
+        console.print(grid)

@@ -1,0 +1,108 @@
+"""The test split, opened on purpose: kept encoders are scored on it, and every access is recorded."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raylab.baselines import score_baselines
+from raylab.corpus import digest_column, open_rows
+from raylab.encoder import choose_device, embed, load_encoder
+from raylab.evaluation import embed_rows, list_draws, score_draws
+from raylab.mistakes import JobError
+from raylab.preparation import Preparation, make_spec, prepare
+from raylab.search import read_values
+from raylab.specs import Job, TrialSpec
+from raylab.stages import FOLDER, Stage, open_stage, read_info
+from raylab.tables import list_trials, now, read_rows, write_rows
+from raylab.tokens import Vocabulary, open_tokens, store_tokens
+
+
+def unseal_job(
+    job: Job, results: Path, arms: list[str], *, by: str, reason: str, tell: Callable[[str], None]
+) -> list[str]:
+    """Scores complete trials of fixed designs and confirmations on the test split; returns their ids.
+
+    Raises JobError where the data are not those that the trials saw, or an arm has no such trial. The access is
+    recorded before the first score is written.
+    """
+    preparation = prepare(job, results)
+    rows = [
+        row
+        for row in list_trials(results, job.name)
+        if row["status"] == "complete" and row["phase"] in ("fixed", "confirm")
+    ]
+    baselines = {row["seed"] for row in rows if row["arm"].startswith("baseline:")}
+    trials = [row for row in rows if not row["arm"].startswith("baseline:") and (not arms or row["arm"] in arms)]
+    missing = sorted(set(arms) - {row["arm"] for row in trials})
+    if missing:
+        raise JobError([f"unseal: arm '{arm}' has no complete ranked trial in {job.name}" for arm in missing])
+    if not trials:
+        raise JobError([f"unseal: {job.name} has no complete ranked trial; run it to the end first"])
+    specs = [_spec(preparation, row) for row in trials]
+    at = now()
+    for row in trials:
+        record = {"at": at, "by": by, "reason": reason}
+        write_rows(results, job.name, "unseals", row["trial_id"], [record], f".{at:%Y%m%dT%H%M%S%f}")
+    for index, (spec, row) in enumerate(zip(specs, trials, strict=True)):
+        scores = score_test(preparation, spec, row)
+        write_rows(results, job.name, "scores", row["trial_id"], scores, ".test")
+        tell(f"unsealed {index + 1}/{len(trials)} {row['trial_id']}")
+    for seed in sorted({row["seed"] for row in trials} & baselines):
+        score_baselines(results, job, preparation.split(seed), seed, sealed=True)
+    return [row["trial_id"] for row in trials]
+
+
+def _spec(preparation: Preparation, row: dict[str, Any]) -> TrialSpec:
+    spec = make_spec(preparation, read_values(preparation.job, row), row["seed"], row["phase"])
+    if spec.arm != row["arm"]:
+        raise JobError([f"unseal: the data or job of {row['trial_id']} have changed since it ran; restore them"])
+    return spec
+
+
+def _last_rung(results: Path, spec: TrialSpec) -> Stage:
+    """The stage at the end of the budget: not always the last listed, as more rungs can be asked for later."""
+    end = None if spec.settings.pretrain.objective == "none" else "1/1"
+    for row in reversed(read_rows(results, spec.job, "stages", spec.trial_id)):
+        folder = open_stage(results, row["stage_id"]) if row["kind"] == "pretrain" else None
+        if folder is not None and json.loads((folder / "stage.json").read_text())["key"].get("until") == end:
+            return Stage("pretrain", row["stage_id"], folder, True, 0.0, {})
+    root = results / FOLDER
+    raise JobError([f"unseal: the encoder of {spec.trial_id} is gone from {root}; run the job again"])
+
+
+def score_test(preparation: Preparation, spec: TrialSpec, row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Scores of a trial's last rung on the test rows, with classifiers from the same draws as on validation."""
+    results, root = preparation.results, preparation.results / FOLDER
+    stage = _last_rung(results, spec)
+    model, _ = load_encoder(str(stage.path / "encoder"))
+    model.to(choose_device()).eval()
+    split, corpus = preparation.split(spec.seed), spec.settings.corpus
+    tokenizer = Stage("tokenizer", spec.tokenizer, root / spec.tokenizer, True, 0.0, {})
+    scores: list[dict[str, Any]] = []
+    for task in spec.settings.evaluate.tasks or corpus.tasks:
+        rows, store = open_rows(root / spec.corpus, task), open_tokens(root / spec.tokens[task])
+        sealed = split.sealed[task]
+        if not len(sealed):
+            continue
+        sealed_tokens = store_tokens(results, sealed["text"], digest_column(sealed["text"]), tokenizer)
+        sealed_store = open_tokens(sealed_tokens.path)
+        draws = list(list_draws(rows, task, spec.settings.evaluate, spec.seed))
+        needed = np.unique(np.concatenate([draw.rows for draw in draws]))
+        x = np.load(embed_rows(spec, model, stage, task, store, needed).path / "embeddings.npy")
+        everything = np.arange(len(sealed))
+        found = score_draws(
+            spec, model, task, draws, rows["label"], rows["group"], store,
+            train_x=lambda chosen, x=x, needed=needed: x[np.searchsorted(needed, chosen)],
+            eval_x=embed(
+                model, sealed_store, everything, Vocabulary(**read_info(root / spec.tokenizer)),
+                max_length=corpus.max_length, long_documents=corpus.long_documents,
+            ),
+            eval_y=sealed["label"].to_numpy(),
+            eval_store=sealed_store,
+            eval_rows=everything,
+        )  # fmt: skip
+        scores += [{"rung": row["num_rungs"], "task": task, "split": "test"} | score for score in found]
+    return scores

@@ -1,0 +1,334 @@
+import itertools
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from raylab.corpus import TRAIN, VALIDATION, open_rows
+from raylab.encoder import embed, load_encoder, split_layers
+from raylab.evaluation import list_draws
+from raylab.finetune import fine_tune, freeze
+from raylab.mistakes import InfeasibleError
+from raylab.pretrain import open_data, start_rung
+from raylab.scores import METRICS
+from raylab.specs import FineTune
+from raylab.stages import FOLDER, read_info
+from raylab.tables import read_rows, read_trial
+from raylab.tokens import open_tokens
+from raylab.trial import run_trial
+
+TABLES = ("scores", "geometry", "curves")
+DEPTHS = ("all", "none", "embeddings", "1")
+FULL = {
+    "evaluate.tasks": ["condition", "severity"],
+    "evaluate.shots": [2, "full"],
+    "evaluate.frozen_layers": list(DEPTHS),
+    "evaluate.probes": ["logistic", "mlp"],
+    "evaluate.fine_tune": {"steps": 3, "learning_rate": 1e-2, "hidden_size": 8},
+    "search.targets": [
+        {
+            "table": "scores",
+            "task": "condition",
+            "metric": "f1_macro",
+            "shots": 2,
+            "probe": "mlp",
+            "frozen_layers": "all",
+        }
+    ],
+}
+
+
+def read_values(spec, folder):
+    """Rows of the trial's tables as texts, since NaN differs from itself."""
+    return {table: [repr(row) for row in read_rows(folder, spec.job, table, spec.trial_id)] for table in TABLES}
+
+
+@pytest.fixture(scope="module")
+def full(make_spec, tmp_path_factory):
+    """A trial of two rungs with every kind of score, run to its end: its spec, row and folder."""
+    folder = tmp_path_factory.mktemp("full")
+    spec = make_spec("declutr", FULL, folder=folder)
+    return spec, run_trial(spec), folder
+
+
+def test_every_table_is_written(full):
+    spec, row, folder = full
+    kept = read_trial(folder, spec.job, spec.trial_id)
+    assert (row["status"], row["rung"], row["num_rungs"]) == ("complete", 2, 2)
+    assert (kept["status"], kept["rung"], kept["attempts"], kept["error"]) == ("complete", 2, 1, None)
+    assert kept["num_tokens"] >= 12_000
+    assert kept["num_steps"] > 0
+    assert kept["flops"] > 0
+    assert kept["data_digest"] == spec.data_digest
+    for table in TABLES:
+        assert read_values(spec, folder)[table]
+    stages = read_rows(folder, spec.job, "stages", spec.trial_id)
+    # Both tasks have the same texts and, with all shots, need the same rows: they share their embeddings.
+    assert sorted(stage["kind"] for stage in stages) == ["embed"] * 2 + ["pretrain"] * 3
+    assert {point["step"] for point in read_rows(folder, spec.job, "curves", spec.trial_id)} >= {0, kept["num_steps"]}
+
+
+def test_scores_are_complete(full):
+    spec, _, folder = full
+    rows = read_rows(folder, spec.job, "scores", spec.trial_id)
+    found = sorted(
+        (r["rung"], r["task"], str(r["shots"]), r["draw"], r["frozen_layers"], r["probe"], r["metric"]) for r in rows
+    )
+    draws = [("2", 0), ("2", 1), ("None", 0)]
+    classifiers = [("all", "logistic"), ("all", "mlp"), *((depth, "head") for depth in DEPTHS[1:])]
+    expected = sorted(
+        (rung, task, *draw, *classifier, metric)
+        for rung, task, draw, classifier, metric in itertools.product(
+            (1, 2), ("condition", "severity"), draws, classifiers, METRICS
+        )
+    )
+    assert found == expected
+    coded = {task: open_rows(folder / FOLDER / spec.corpus, task) for task in ("condition", "severity")}
+    for row in rows:
+        assert row["split"] == "validation"
+        part = coded[row["task"]]["part"]
+        assert row["num_eval"] == (part == VALIDATION).sum()
+        assert row["num_train"] == (part == TRAIN).sum() if row["shots"] is None else row["num_train"] <= 2 * 6
+        assert 0 <= row["value"] <= 1 or math.isnan(row["value"])
+    geometry = read_rows(folder, spec.job, "geometry", spec.trial_id)
+    assert {(r["rung"], r["task"]) for r in geometry} == set(itertools.product((1, 2), ("condition", "severity")))
+
+
+def test_targets_are_means_over_draws(full):
+    spec, row, folder = full
+    values = [
+        r["value"]
+        for r in read_rows(folder, spec.job, "scores", spec.trial_id)
+        if (r["rung"], r["task"], r["shots"], r["probe"], r["metric"]) == (2, "condition", 2, "mlp", "f1_macro")
+    ]
+    assert len(values) == 2
+    assert row["target_values"] == [pytest.approx(np.mean(values))]
+
+
+def test_a_rerun_changes_nothing(full):
+    spec, row, folder = full
+    before = read_values(spec, folder)
+    stages = read_rows(folder, spec.job, "stages", spec.trial_id)
+    again = run_trial(spec)
+    assert read_values(spec, folder) == before
+    assert (again["status"], again["attempts"], again["target_values"]) == ("complete", 2, row["target_values"])
+    for name in ("num_steps", "num_tokens", "num_documents", "flops", "started_at"):
+        assert again[name] == row[name]
+    # What the trial itself built stays its own work.
+    kept = {stage["stage_id"]: stage["reused"] for stage in read_rows(folder, spec.job, "stages", spec.trial_id)}
+    assert kept == {stage["stage_id"]: stage["reused"] for stage in stages}
+
+
+def test_the_same_in_another_folder(full, make_spec, tmp_path):
+    """Promise 2: nothing depends on where the results lie, nor on what lies there."""
+    spec, _, folder = full
+    other = make_spec("declutr", FULL, folder=tmp_path)
+    assert (other.trial_id, other.corpus, other.tokens) == (spec.trial_id, spec.corpus, spec.tokens)
+    run_trial(other)
+    assert read_values(other, tmp_path) == read_values(spec, folder)
+
+
+def test_tables_come_back_from_stages(full, tmp_path):
+    spec, _, folder = full
+    shutil.copytree(folder / FOLDER, tmp_path / FOLDER)
+    row = run_trial(spec.model_copy(update={"results": str(tmp_path)}))
+    assert row["status"] == "complete"
+    assert read_values(spec, tmp_path) == read_values(spec, folder)
+    assert all(stage["reused"] for stage in read_rows(tmp_path, spec.job, "stages", spec.trial_id))
+
+
+class CrashError(Exception):
+    """An error of a kind that the trial does not know."""
+
+
+LIGHT = {"evaluate.frozen_layers": ["all", "1"], "evaluate.fine_tune": {"steps": 2, "hidden_size": 8}}
+
+
+@pytest.fixture(scope="module")
+def unbroken(make_spec, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken")
+    spec = make_spec("declutr", LIGHT, folder=folder)
+    run_trial(spec)
+    return read_values(spec, folder)
+
+
+@pytest.mark.parametrize("how", ["stopped", "failed"])
+def test_a_broken_trial_goes_on(how, unbroken, make_spec, tmp_path):
+    spec = make_spec("declutr", LIGHT, folder=tmp_path)
+
+    def decide(spec, rung):
+        if how == "failed":
+            raise CrashError("with a text in it")
+        return False
+
+    if how == "failed":
+        with pytest.raises(CrashError):
+            run_trial(spec, decide=decide)
+    else:
+        run_trial(spec, decide=decide)
+    row = read_trial(tmp_path, spec.job, spec.trial_id)
+    assert (row["status"], row["rung"]) == (how, 1)
+    assert "with a text" not in str(row["error"])
+    assert {r["rung"] for r in read_rows(tmp_path, spec.job, "scores", spec.trial_id)} == {1}
+    row = run_trial(spec)
+    assert (row["status"], row["rung"], row["attempts"], row["error"]) == ("complete", 2, 2, None)
+    assert read_values(spec, tmp_path) == unbroken
+
+
+def test_more_shots_of_a_complete_trial(make_spec, tmp_path):
+    first = make_spec("mlm", folder=tmp_path)
+    run_trial(first)
+    before = read_values(first, tmp_path)
+    more = make_spec("mlm", {"evaluate.shots": [2, 4]}, folder=tmp_path)
+    assert more.trial_id == first.trial_id
+    run_trial(more)
+    after = read_values(more, tmp_path)
+    assert len(after["scores"]) == 2 * len(before["scores"])
+    assert set(before["scores"]) <= set(after["scores"])
+    assert after["geometry"] == before["geometry"]
+
+
+def test_without_pretraining(make_spec, tmp_path):
+    spec = make_spec("mlm", {"pretrain": None, "pretrain.objective": "none"}, folder=tmp_path)
+    row = run_trial(spec)
+    assert (row["status"], row["rung"], row["num_rungs"], row["num_steps"]) == ("complete", 1, 1, 0)
+    assert {r["rung"] for r in read_rows(tmp_path, spec.job, "scores", spec.trial_id)} == {1}
+
+
+def draws_of(spec, task="condition"):
+    rows = open_rows(Path(spec.results) / FOLDER / spec.corpus, task)
+    return rows, list(list_draws(rows, task, spec.settings.evaluate, spec.seed))
+
+
+def test_draws_are_the_same_for_every_arm(make_spec):
+    many = {"evaluate.shots": [1, 3, "full"], "evaluate.draws": 4}
+    _, draws = draws_of(make_spec("mlm", many))
+    assert [(d.shots, d.draw) for d in draws] == [(s, d) for s in (1, 3) for d in range(4)] + [(None, 0)]
+    for other in (make_spec("declutr", many), make_spec("cross_entropy", many)):
+        for ours, theirs in zip(draws, draws_of(other)[1], strict=True):
+            assert ours[:2] == theirs[:2]
+            assert np.array_equal(ours.rows, theirs.rows)
+    _, others = draws_of(make_spec("mlm", many, seed=1))
+    assert not all(np.array_equal(a.rows, b.rows) for a, b in zip(draws[:-1], others[:-1], strict=True))
+
+
+def test_shots_are_training_rows(make_spec):
+    rows, draws = draws_of(make_spec("mlm", {"evaluate.shots": [1, 3, "full"], "evaluate.draws": 4}))
+    evaluated = set(rows["group"][rows["part"] == VALIDATION].tolist())
+    for draw in draws:
+        assert (rows["part"][draw.rows] == TRAIN).all()
+        assert not evaluated & set(rows["group"][draw.rows].tolist())
+        if draw.shots:
+            assert np.bincount(rows["label"][draw.rows]).max() <= draw.shots
+            assert len(set(rows["group"][draw.rows].tolist())) == len(draw.rows)
+    assert np.array_equal(draws[-1].rows, np.flatnonzero(rows["part"] == TRAIN))
+
+
+def test_embeddings_are_the_encoders(full):
+    spec, _, folder = full
+    stages = read_rows(folder, spec.job, "stages", spec.trial_id)
+    last = [s["stage_id"] for s in stages if s["kind"] == "pretrain"][-1]
+    model, _ = load_encoder(str(folder / FOLDER / last / "encoder"))
+    data = open_data(spec)
+    rows, draws = draws_of(spec)
+    needed = np.unique(np.concatenate([np.flatnonzero(rows["part"] == VALIDATION), *(d.rows for d in draws)]))
+    store = open_tokens(folder / FOLDER / spec.tokens["condition"])
+    x = embed(model, store, needed, data.vocabulary, max_length=64, long_documents="truncate")
+    kept = [np.load(folder / FOLDER / s["stage_id"] / "embeddings.npy") for s in stages if s["kind"] == "embed"]
+    assert sum(np.array_equal(x, other) for other in kept) >= 1
+    assert read_info(folder / FOLDER / last)["step"] > 0
+
+
+@pytest.fixture
+def encoder(make_spec):
+    spec = make_spec()
+    return load_encoder(str(start_rung(spec, open_data(spec)).path / "encoder"))[0].eval()
+
+
+def tune(encoder, make_spec, depth, **changes):
+    """Probabilities of some validation rows after a few steps, and the base model that was trained."""
+    spec = make_spec()
+    data, (rows, draws) = open_data(spec), draws_of(spec, "severity")
+    seen = []
+    # Hooks are copied with the module, so this sees the copy that is trained.
+    hook = encoder.base_model.register_forward_pre_hook(lambda module, inputs: seen.append(module))
+    store = open_tokens(Path(spec.results) / FOLDER / spec.tokens["severity"])
+    settings = FineTune(**{"steps": 4, "batch_size": 4, "learning_rate": 1e-2, "hidden_size": 8, **changes})
+    probabilities = fine_tune(
+        encoder, store, draws[0].rows, rows["label"][draws[0].rows], np.flatnonzero(rows["part"] == VALIDATION),
+        data.vocabulary, depth=depth, num_classes=3, corpus=spec.settings.corpus, settings=settings, seed=3,
+        eval_store=store,
+    )  # fmt: skip
+    hook.remove()
+    return probabilities, seen[-1]
+
+
+@pytest.mark.parametrize("depth", ["none", "embeddings", "1", "2", "all"])
+def test_frozen_parameters_do_not_change(depth, encoder, make_spec):
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    probabilities, trained = tune(encoder, make_spec, depth)
+    assert trained is not encoder.base_model
+    assert probabilities.shape[1] == 3
+    np.testing.assert_allclose(probabilities.sum(1), 1, rtol=1e-9)
+    # The given encoder is left as it is.
+    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+    assert all(p.requires_grad for p in encoder.parameters())
+    start, end = (dict(base.named_parameters()) for base in (encoder.base_model, trained))
+    num_frozen = {"none": -1, "embeddings": 0, "1": 1, "2": 2, "all": 2}[depth]
+    for name, value in start.items():
+        place = 0 if name.startswith("embeddings") else int(name.split(".")[2]) + 1
+        # A key's bias adds the same to every logit of a softmax: its true gradient is zero.
+        if place <= num_frozen:
+            assert torch.equal(end[name], value), name
+        elif not name.endswith("key.bias"):
+            assert not torch.equal(end[name], value), name
+
+
+def test_frozen_parts_run_without_dropout(encoder, make_spec):
+    modes = {}
+    for name, module in encoder.base_model.named_modules():
+        module.register_forward_pre_hook(
+            lambda module, inputs, name=name: modes.setdefault(name, []).append(module.training)
+        )
+    _, trained = tune(encoder, make_spec, "1")
+    assert set(modes["embeddings.dropout"]) == set(modes["encoder.layer.0.output.dropout"]) == {False}
+    assert modes["encoder.layer.1.output.dropout"][:4] == [True] * 4
+    assert modes["encoder.layer.1.output.dropout"][4:] == [False]
+    assert len(split_layers(encoder).layers) == 2
+    assert not trained.training
+
+
+def test_fine_tuning_is_seeded_and_learns(encoder, make_spec):
+    first, again = (tune(encoder, make_spec, "embeddings")[0] for _ in range(2))
+    assert np.array_equal(first, again)
+    spec = make_spec()
+    data, (rows, draws) = open_data(spec), draws_of(spec, "severity")
+    store = open_tokens(Path(spec.results) / FOLDER / spec.tokens["severity"])
+    chosen = draws[0].rows
+    probabilities = fine_tune(
+        encoder, store, chosen, rows["label"][chosen], chosen, data.vocabulary, depth="none", num_classes=3,
+        corpus=spec.settings.corpus, settings=FineTune(steps=60, learning_rate=5e-3, hidden_size=16), seed=3,
+        eval_store=store,
+    )  # fmt: skip
+    assert (probabilities.argmax(1) == rows["label"][chosen]).all()
+
+
+def test_freezing_too_deep_is_refused(encoder):
+    with pytest.raises(InfeasibleError, match="'3' exceeds the encoder's 2 layers"):
+        freeze(encoder, "3")
+
+
+def test_freezing_too_deep_is_recorded(encoder_folders, make_spec, tmp_path):
+    changes = {
+        "encoder": None,
+        "encoder.pretrained": str(encoder_folders["bert"]),
+        "pretrain": None,
+        "pretrain.objective": "none",
+        "evaluate.frozen_layers": ["3"],
+    }
+    spec = make_spec("mlm", changes, folder=tmp_path)
+    assert run_trial(spec)["status"] == "infeasible"
+    assert "exceeds the encoder's 2 layers" in read_trial(tmp_path, spec.job, spec.trial_id)["error"]

@@ -1,0 +1,232 @@
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from conftest import OBJECTIVES as TESTED
+
+from raylab.objectives import OBJECTIVES, Batch, Learner, Totals, loss_weights
+from raylab.pretrain import load_training, make_units, open_data, start_rung, train
+from raylab.settings import OBJECTIVE_BLOCKS, dump_spec
+from raylab.specs import Pretrain, TrialSpec
+from raylab.world import ALONE, World
+
+# No dropout; steps of several units; losses of unequal weights; gradients are not clipped.
+EXACT = {
+    "encoder.config.dropout": 0.0,
+    "pretrain.batch_tokens": 1500,
+    "pretrain.num_tokens": 15_000,
+    "pretrain.max_grad_norm": 1e9,
+    "pretrain.learning_rate": 1e-4,
+    "pretrain.mlm": {"weight": 0.5},
+}
+NUM_STEPS = 3
+
+
+def test_every_objective_is_tested():
+    assert set(OBJECTIVES) == set(OBJECTIVE_BLOCKS) - {"none"} == set(loss_weights(Pretrain()))
+    assert {change.get("pretrain.objective", "mlm") for change in TESTED.values()} == set(OBJECTIVES)
+
+
+@pytest.fixture(scope="module")
+def batches(make_spec):
+    """For each objective its trial's learner and one batch of 9 units as the trial would make it."""
+    made = {}
+    for name in TESTED:
+        spec = make_spec(name, EXACT)
+        data = open_data(spec)
+        learner = load_training(spec, data, start_rung(spec, data).path, resume=False).learner
+        inputs = make_units(spec, data).build(np.zeros(9, int), np.arange(9))
+        categories = data.categories[inputs.rows] if data.categories is not None else np.full(len(inputs.rows), -1)
+        categories = np.where(np.arange(len(categories)) == 2, -1, categories)
+        tensors = [None if array is None else torch.from_numpy(array) for array in (*inputs[:6], categories)]
+        made[name] = (spec, learner, Batch(*tensors))
+    return made
+
+
+def compute(learner, batch, parts=1):
+    """Losses of one worker's only batch."""
+    known = int((batch.categories >= 0).sum())
+    return learner(batch, Totals(int(batch.selected.sum()), known, parts, 1))
+
+
+def embed_directly(encoder, ids, mask):
+    """Mean of the last hidden states, text by text, without padding."""
+    rows = [
+        encoder.base_model(input_ids=i[None, : n], attention_mask=torch.ones(1, n, dtype=torch.int64))
+        for i, n in zip(ids, mask.sum(1).tolist(), strict=True)
+    ]  # fmt: skip
+    return torch.stack([row.last_hidden_state[0].mean(0) for row in rows])
+
+
+@pytest.mark.parametrize("name", TESTED)
+def test_mlm_is_the_models_own_loss(name, batches):
+    _, learner, batch = batches[name]
+    labels = torch.full_like(batch.input_ids, -100)
+    labels[batch.selected] = batch.targets
+    theirs = learner.encoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels).loss
+    torch.testing.assert_close(compute(learner, batch)["mlm"], theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_declutr_is_nt_xent_of_anchors_and_mean_positives(batches):
+    spec, learner, batch = batches["declutr"]
+    settings = spec.settings.pretrain.declutr
+    losses = compute(learner, batch)
+    assert list(losses) == ["mlm", "declutr"]
+    with torch.inference_mode():
+        anchors = embed_directly(learner.encoder, batch.input_ids, batch.attention_mask).double().numpy()
+        spans = embed_directly(learner.encoder, batch.positive_ids, batch.positive_mask).double().numpy()
+    num = 9 * settings.num_anchors
+    assert (len(anchors), len(spans)) == (num, num * settings.num_positives)
+    positives = np.array([spans[i * 2 : i * 2 + 2].mean(0) for i in range(num)])
+    points = np.concatenate([anchors, positives])
+    points /= np.linalg.norm(points, axis=1, keepdims=True)
+    total = 0.0
+    for i in range(2 * num):
+        partner = (i + num) % (2 * num)
+        others = [math.exp(points[i] @ points[k] / settings.temperature) for k in range(2 * num) if k != i]
+        total -= math.log(math.exp(points[i] @ points[partner] / settings.temperature) / sum(others))
+    assert losses["declutr"].item() == pytest.approx(total / (2 * num), rel=1e-4)
+    assert compute(learner, batch, parts=4)["declutr"].item() == pytest.approx(total / (2 * num) / 4, rel=1e-4)
+
+
+def test_cross_entropy_of_known_categories(batches):
+    _, learner, batch = batches["cross_entropy"]
+    losses = compute(learner, batch)
+    assert list(losses) == ["mlm", "metadata"]
+    embeddings = embed_directly(learner.encoder, batch.input_ids, batch.attention_mask)
+    scores = (embeddings @ learner.head.weight.T + learner.head.bias).log_softmax(1)
+    known = [i for i, category in enumerate(batch.categories.tolist()) if category >= 0]
+    assert 2 not in known
+    assert len(known) >= 4
+    direct = -torch.stack([scores[i, batch.categories[i]] for i in known]).mean()
+    torch.testing.assert_close(losses["metadata"], direct, rtol=1e-5, atol=1e-6)
+
+
+def test_supervised_contrastive_of_known_categories(batches):
+    spec, learner, batch = batches["supervised_contrastive"]
+    assert learner.head is None
+    loss = compute(learner, batch)["metadata"].item()
+    with torch.inference_mode():
+        x = F.normalize(embed_directly(learner.encoder, batch.input_ids, batch.attention_mask)).double().numpy()
+    labels, temperature = batch.categories.tolist(), spec.settings.pretrain.metadata.temperature
+    known = [i for i, category in enumerate(labels) if category >= 0]
+    losses = []
+    for i in known:
+        others = [k for k in known if k != i]
+        whole = math.log(sum(math.exp(x[i] @ x[k] / temperature) for k in others))
+        if same := [k for k in others if labels[k] == labels[i]]:
+            losses.append(-np.mean([x[i] @ x[k] / temperature - whole for k in same]))
+    assert len(losses) >= 4
+    assert loss == pytest.approx(np.mean(losses), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "supervised_contrastive"])
+def test_without_a_category_there_is_no_loss(name, batches):
+    _, learner, batch = batches[name]
+    losses = compute(learner, batch._replace(categories=torch.full_like(batch.categories, -1)))
+    assert losses["metadata"].item() == 0
+    sum(losses.values()).backward()
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in learner.parameters())
+    learner.zero_grad()
+
+
+def test_nothing_masked_is_no_loss(batches):
+    _, learner, batch = batches["mlm"]
+    empty = batch._replace(selected=torch.zeros_like(batch.selected), targets=batch.targets[:0])
+    assert compute(learner, empty)["mlm"].item() == 0
+
+
+def test_head_has_the_categories(batches):
+    spec, learner, _ = batches["cross_entropy"]
+    assert learner.head.out_features == open_data(spec).num_categories == 5
+    assert batches["mlm"][1].head is None
+    assert isinstance(learner, Learner)
+
+
+def train_steps(spec, world=ALONE):
+    """Weights, AdamW's first moments (linear in the gradients) and curve after NUM_STEPS steps."""
+    data = open_data(spec)
+    folder = start_rung(spec, data).path
+    training = load_training(spec, data, folder, resume=False)
+    pretrain, units = spec.settings.pretrain, make_units(spec, data)
+    for step in range(NUM_STEPS):
+        train(training, units, data, pretrain, spec.seed, training.progress.tokens + 1, world)
+        assert training.progress.step == step + 1
+    named = dict(training.learner.named_parameters())
+    return {
+        "weights": {name: p.detach().clone() for name, p in named.items()},
+        "moments": {name: training.optimizer.state[p]["exp_avg"].clone() for name, p in named.items()},
+        "curve": {(point["step"], point["metric"]): point["value"] for point in training.progress.curves},
+        "progress": (training.progress.tokens, training.progress.position, training.progress.flops),
+    }
+
+
+def run_worker(rank, folder, specs):
+    """One of two processes, through all objectives."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    found = {}
+    for name, spec in specs.items():
+        found[name] = train_steps(TrialSpec.model_validate_json(spec), World(rank, 2, lambda value: value))
+    torch.save(found, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_workers(make_spec, tmp_path_factory):
+    """What two workers make of each objective; of mlm also with two parts a step."""
+    specs = {name: make_spec(name, EXACT) for name in TESTED}
+    specs["mlm in parts"] = make_spec("mlm", {**EXACT, "pretrain.accumulation": 2})
+    for spec in specs.values():
+        start_rung(spec, open_data(spec))
+    folder = tmp_path_factory.mktemp("workers")
+    dumped = {name: dump_spec(spec) for name, spec in specs.items()}
+    torch.multiprocessing.spawn(run_worker, (str(folder), dumped), nprocs=2)
+    return specs, [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def assert_same_training(ours, theirs):
+    assert ours["progress"] == theirs["progress"]
+    assert ours["curve"].keys() == theirs["curve"].keys()
+    for key, value in theirs["curve"].items():
+        assert ours["curve"][key] == pytest.approx(value, rel=1e-5, abs=1e-6), key
+    assert max(float(m.abs().max()) for m in theirs["moments"].values()) > 1e-2
+    for kind in ("moments", "weights"):
+        for name, value in theirs[kind].items():
+            torch.testing.assert_close(ours[kind][name], value, rtol=0, atol=1e-5, msg=f"{kind} of {name}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*TESTED, "mlm in parts"])
+def test_two_workers_equal_one(name, two_workers):
+    specs, (first, second) = two_workers
+    alone = train_steps(make_plain(specs, name))
+    assert_same_training(first[name], alone)
+    for parameter, value in first[name]["weights"].items():
+        assert torch.equal(second[name]["weights"][parameter], value)
+
+
+def make_plain(specs, name):
+    """Two workers with parts are compared with one worker without."""
+    return specs["mlm"] if name == "mlm in parts" else specs[name]
+
+
+@pytest.mark.parametrize("name", ["mlm", "cross_entropy"])
+def test_parts_change_nothing(name, make_spec):
+    whole = train_steps(make_spec(name, EXACT))
+    assert_same_training(train_steps(make_spec(name, {**EXACT, "pretrain.accumulation": 2})), whole)
+
+
+def test_negatives_stay_within_a_part(make_spec):
+    whole = train_steps(make_spec("declutr", EXACT))
+    parts = train_steps(make_spec("declutr", {**EXACT, "pretrain.accumulation": 2}))
+    for key, value in whole["curve"].items():
+        if key[1] == "train_mlm_loss":
+            assert parts["curve"][key] == pytest.approx(value, rel=1e-3)
+        if key[1] == "train_declutr_loss":
+            # Half the negatives: about log(2) less.
+            assert value - 1.2 < parts["curve"][key] < value - 0.3

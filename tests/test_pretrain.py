@@ -1,0 +1,288 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import OBJECTIVES
+from torch.utils.flop_counter import FlopCounterMode
+
+from raylab.objectives import Batch, Learner, Totals
+from raylab.pretrain import (
+    NotFiniteError,
+    flop_counter,
+    learning_rate,
+    load_training,
+    make_optimizer,
+    make_units,
+    num_rungs,
+    open_data,
+    rung_budget,
+    start_rung,
+    train,
+    train_rung,
+)
+from raylab.specs import Pretrain
+from raylab.stages import read_info
+from raylab.tables import read_rows, read_trial
+from raylab.trial import run_trial
+
+LONG = {"pretrain.num_tokens": 12_000, "pretrain.batch_tokens": 900, "encoder.config.dropout": 0.1}
+
+
+def run_rungs(spec, *, keep):
+    """All rungs' stages; with `keep`, the training stays in memory, else each rung starts from the stage before."""
+    data = open_data(spec)
+    stages = [start_rung(spec, data)]
+    training = None
+    for rung in range(1, num_rungs(spec.settings) + 1):
+        stage, training = train_rung(spec, data, stages[0], stages[-1], rung, training if keep else None)
+        stages.append(stage)
+    return stages
+
+
+def read_files(folder):
+    """Bytes of the weights and of the optimiser, progress, and the training's part of the curves."""
+    progress = json.loads((folder / "progress.json").read_text())
+    curves = [point for point in progress.pop("curves") if point["metric"].startswith("train_")]
+    weights = (folder / "encoder" / "model.safetensors").read_bytes()
+    return weights, (folder / "training.safetensors").read_bytes(), progress, curves
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_rungs_change_nothing(objective, make_spec, tmp_path):
+    chain = {}
+    for name, rungs, keep in (("one go", 3, True), ("reloaded", 3, False), ("one rung", 1, True)):
+        spec = make_spec(objective, {**LONG, "pretrain.rungs": rungs}, seed=3, folder=tmp_path / name)
+        chain[name] = run_rungs(spec, keep=keep)
+        assert not any(stage.reused for stage in chain[name][1:])
+    kept, reloaded, whole = chain["one go"], chain["reloaded"], chain["one rung"]
+    for ours, theirs in zip(kept, reloaded, strict=True):
+        assert ours.stage_id == theirs.stage_id
+        assert ours.info == theirs.info
+    for ours, theirs in zip(kept[1:], reloaded[1:], strict=True):
+        assert read_files(ours.path) == read_files(theirs.path)
+    # The last rung of three is the only rung of one, by name too.
+    assert kept[-1].stage_id == whole[-1].stage_id
+    last = read_files(whole[-1].path)
+    assert read_files(kept[-1].path) == last
+    assert last[0] != read_files(kept[1].path)[0]
+    assert last[2]["step"] >= 10
+    assert {point["metric"] for point in last[3]} >= {"train_loss", "train_mlm_loss", "train_learning_rate"}
+
+
+def test_a_rung_in_between_is_found_again(make_spec, tmp_path):
+    """Rung 2 goes on from rung 1's stage when that was found, not from the start."""
+    three = make_spec("mlm", {**LONG, "pretrain.rungs": 3}, folder=tmp_path)
+    stages = run_rungs(three, keep=True)
+    (stages[2].path / "stage.json").unlink()  # as if it was never finished
+    before = read_files(stages[2].path)
+    again = run_rungs(three, keep=True)
+    assert [stage.reused for stage in again] == [True, True, False, True]
+    assert read_files(again[2].path) == before
+
+
+def test_seeds_differ(make_spec, tmp_path):
+    files = [read_files(run_rungs(make_spec("mlm", LONG, seed=seed), keep=True)[-1].path) for seed in (0, 1)]
+    assert files[0][0] != files[1][0]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_rungs_keep_the_budget(objective, make_spec):
+    spec = make_spec(objective, {**LONG, "pretrain.rungs": 3}, seed=3)
+    pretrain, data = spec.settings.pretrain, open_data(spec)
+    units = make_units(spec, data)
+    longest = int(units.cost(0, np.arange(units.num)).max())
+    for rung, stage in enumerate(run_rungs(spec, keep=True)[1:], start=1):
+        budget = rung_budget(pretrain, rung)
+        assert budget == math.ceil(12_000 * rung / 3)
+        assert budget <= stage.info["tokens"] < budget + pretrain.batch_tokens + longest
+        assert stage.info["step"] > 0
+        assert 0 < stage.info["documents"] <= units.num
+    assert stage.info == read_info(stage.path)
+
+
+def test_unique_documents(make_spec):
+    spec = make_spec("mlm", {**LONG, "pretrain.rungs": 3})
+    stages = run_rungs(spec, keep=True)
+    units = make_units(spec, open_data(spec))
+    for stage in stages[1:]:
+        progress = json.loads((stage.path / "progress.json").read_text())
+        expected = units.num if progress["epoch"] else progress["position"]
+        assert stage.info["documents"] == expected
+
+
+def test_learning_rate_is_a_slanted_triangle():
+    pretrain = Pretrain(num_tokens=1000, batch_tokens=16, learning_rate=2e-3, warmup_fraction=0.2)
+    rates = [learning_rate(pretrain, tokens) for tokens in range(0, 1001, 50)]
+    assert rates[0] == rates[-1] == 0
+    assert rates[4] == max(rates) == pytest.approx(2e-3)
+    assert np.diff(rates[:5]) == pytest.approx([5e-4] * 4)
+    assert np.diff(rates[4:]) == pytest.approx([-2e-3 / 16] * 16)
+    assert learning_rate(pretrain, 5000) == 0
+    for warmup, expected in ((0.0, 1e-3), (1.0, 1e-3)):
+        assert learning_rate(pretrain.model_copy(update={"warmup_fraction": warmup}), 500) == pytest.approx(expected)
+
+
+def test_the_rate_is_that_of_the_steps_middle(make_spec):
+    spec = make_spec("mlm", {**LONG, "pretrain.rungs": 1, "pretrain.num_tokens": 20_000, "pretrain.batch_tokens": 500})
+    progress = json.loads((run_rungs(spec, keep=True)[-1].path / "progress.json").read_text())
+    rates = {p["tokens"]: p["value"] for p in progress["curves"] if p["metric"] == "train_learning_rate"}
+    before = 0
+    for tokens, rate in rates.items():  # a point a step: steps are larger than a fiftieth of the budget
+        assert rate == pytest.approx(learning_rate(spec.settings.pretrain, (before + tokens) / 2))
+        before = tokens
+
+
+def test_matrices_decay_and_the_rest_does_not(make_spec):
+    spec = make_spec("cross_entropy")
+    data = open_data(spec)
+    training = load_training(spec, data, start_rung(spec, data).path, resume=False)
+    optimizer = make_optimizer(training.learner, spec.settings.pretrain)
+    names = {id(p): name for name, p in training.learner.named_parameters()}
+    decayed, plain = ([names[id(p)] for p in group["params"]] for group in optimizer.param_groups)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    assert sorted(decayed + plain) == sorted(names.values())
+    assert all(name.endswith("bias") or "LayerNorm" in name or "layer_norm" in name for name in plain)
+    assert not [name for name in decayed if name.endswith("bias") or "orm" in name.split(".")[-2]]
+    assert "head.weight" in decayed
+    assert "head.bias" in plain
+
+
+def test_heads_come_from_the_seed(make_spec):
+    heads = []
+    for seed in (0, 0, 1):
+        spec = make_spec("cross_entropy", seed=seed)
+        data = open_data(spec)
+        heads.append(load_training(spec, data, start_rung(spec, data).path, resume=False).learner.head.weight)
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], heads[2])
+
+
+def test_not_finite_fails_at_a_step(make_spec, tmp_path):
+    spec = make_spec("mlm", {**LONG, "pretrain.learning_rate": 1e30}, folder=tmp_path)
+    data = open_data(spec)
+    training = load_training(spec, data, start_rung(spec, data).path, resume=False)
+    with pytest.raises(NotFiniteError, match=r"not finite at step \d+ \(\d+ tokens\): lower pretrain.learning_rate"):
+        train(training, make_units(spec, data), data, spec.settings.pretrain, 0, 12_000)
+    step = training.progress.step + 1
+    row = run_trial(spec)
+    kept = read_trial(tmp_path, "tiny", spec.trial_id)
+    assert row["status"] == kept["status"] == "failed"
+    assert f"at step {step} " in kept["error"]
+    assert kept["rung"] == 0
+    assert read_rows(tmp_path, "tiny", "scores", spec.trial_id) == []
+    assert run_trial(spec)["error"] == kept["error"]
+    assert read_trial(tmp_path, "tiny", spec.trial_id)["attempts"] == 2
+
+
+@pytest.mark.parametrize("rule", ["drop", "refuse", "shrink"])
+def test_infeasible_spans_are_recorded(rule, make_spec, tmp_path):
+    spans = {"num_anchors": 16, "max_span": 62, "min_span": 60, "short_documents": rule, "num_positives": 1}
+    changes = {"pretrain.declutr": spans, "pretrain.batch_tokens": 2100, "pretrain.num_tokens": 5000}
+    spec = make_spec("declutr", changes, folder=tmp_path)
+    assert run_trial(spec)["status"] == "infeasible"
+    row = read_trial(tmp_path, "tiny", spec.trial_id)
+    assert (row["status"], row["rung"]) == ("infeasible", 0)
+    assert row["error"].startswith("pretrain.declutr:")
+
+
+def without(row, *names):
+    return {name: value for name, value in row.items() if name not in names}
+
+
+def test_two_jobs_share_stages(make_spec, tmp_path):
+    first = make_spec("mlm", {"name": "first"}, folder=tmp_path)
+    second = make_spec("mlm", {"name": "second"}, folder=tmp_path)
+    assert first.trial_id == second.trial_id
+    assert run_trial(first)["status"] == "complete"
+    rows = {
+        table: read_rows(tmp_path, "first", table, first.trial_id)
+        for table in ("trials", "scores", "geometry", "curves", "stages")
+    }
+    assert run_trial(second)["status"] == "complete"
+    for table, kept in rows.items():
+        assert len(kept) > 0
+        assert read_rows(tmp_path, "first", table, first.trial_id) == kept
+        if table in ("scores", "geometry", "curves"):
+            others = read_rows(tmp_path, "second", table, first.trial_id)
+            assert [without(row, "job") for row in others] == [without(row, "job") for row in kept]
+    assert not any(row["reused"] for row in rows["stages"])
+    others = read_rows(tmp_path, "second", "stages", first.trial_id)
+    assert [row["stage_id"] for row in others] == [row["stage_id"] for row in rows["stages"]]
+    assert all(row["reused"] for row in others)
+
+
+def test_arms_of_a_seed_share_the_start(make_spec, results):
+    starts = []
+    for objective in ("mlm", "declutr"):
+        spec = make_spec(objective)
+        starts.append(start_rung(spec, open_data(spec)).stage_id)
+    other = make_spec("mlm", seed=1)
+    assert starts[0] == starts[1] != start_rung(other, open_data(other)).stage_id
+
+
+def test_curves_begin_with_what_the_start_knows(make_spec):
+    spec = make_spec("cross_entropy")
+    stages = run_rungs(spec, keep=True)
+    curves = json.loads((stages[-1].path / "progress.json").read_text())["curves"]
+    by_step = {}
+    for point in curves:
+        by_step.setdefault(point["step"], {})[point["metric"]] = point["value"]
+    held_out = {
+        "heldout_mlm_loss",
+        "heldout_mlm_accuracy",
+        "heldout_retrieval_accuracy",
+        "heldout_retrieval_candidates",
+    }
+    assert set(by_step[0]) == held_out | {"heldout_unigram_entropy"}
+    for stage in stages[1:]:
+        assert held_out | {"heldout_category_accuracy"} <= set(by_step[stage.info["step"]])
+    assert [point["step"] for point in curves] == sorted(point["step"] for point in curves)
+    assert by_step[0]["heldout_mlm_loss"] == pytest.approx(math.log(400), abs=0.5)
+
+
+@pytest.mark.parametrize("objective", ["mlm", "declutr"])
+def test_flops_agree_with_torch(objective, make_spec):
+    spec = make_spec(objective)
+    data = open_data(spec)
+    learner = load_training(spec, data, start_rung(spec, data).path, resume=False).learner
+    learner.encoder.set_attn_implementation("eager")  # torch's counter leaves the fused one out on CPU
+    units = make_units(spec, data)
+    inputs = units.build(np.zeros(8, int), np.arange(8))
+    estimated = 0.0
+    # One text at a time: we leave padding out, torch counts it.
+    masks, positives = inputs.attention_mask, inputs.positive_mask
+    targets = np.split(inputs.targets, np.cumsum(inputs.selected.sum(1))[:-1])
+    with FlopCounterMode(display=False) as counter:
+        for i, length in enumerate(masks.sum(1)):
+            here = slice(i, i + 1)
+            cut = inputs._replace(
+                input_ids=inputs.input_ids[here, :length],
+                attention_mask=masks[here, :length],
+                selected=inputs.selected[here, :length],
+                targets=targets[i],
+            )
+            if positives is not None:
+                size = positives[i * 2].sum()
+                cut = cut._replace(
+                    positive_ids=inputs.positive_ids[i * 2 : i * 2 + 1, :size],
+                    positive_mask=positives[i * 2 : i * 2 + 1, :size],
+                )
+            estimated += flop_counter(learner)(cut)
+            tensors = [None if array is None else torch.from_numpy(array) for array in (*cut[:6], np.array([-1]))]
+            losses = learner(Batch(*tensors), Totals(len(targets[i]), 0, 1, 1))
+            sum(losses.values()).backward()
+    assert estimated == pytest.approx(counter.get_total_flops(), rel=0.15)
+
+
+def test_flops_are_summed(make_spec):
+    spec = make_spec("declutr")
+    data = open_data(spec)
+    stages = run_rungs(spec, keep=True)
+    learner = load_training(spec, data, stages[0].path, resume=False).learner
+    assert isinstance(learner, Learner)
+    units = make_units(spec, data)
+    costs = stages[-1].info["flops"] / stages[-1].info["tokens"]
+    inputs = units.build(np.zeros(units.num, int), np.arange(units.num))
+    assert costs == pytest.approx(flop_counter(learner)(inputs) / units.cost(0, np.arange(units.num)).sum(), rel=0.1)
