@@ -19,6 +19,8 @@ from raylab.tokens import TokenStore, Vocabulary
 
 Ints = NDArray[np.int64]
 LOOKAHEAD = 64
+# Above any text in tokens: a piece is named by its row and first token, so that other rows change no mask of it.
+LONGEST_TEXT = 2**32
 
 
 class Place(NamedTuple):
@@ -173,7 +175,8 @@ def piece_units(
 
     def build(epochs: Ints, units: Ints) -> Inputs:
         ids, mask = pad_rows([slice_piece(store, pieces, int(unit)) for unit in units], vocabulary)
-        masked, selected = _mask_by_epoch(ids, mask, units, epochs, seed, pretrain.mlm.mask_fraction, vocabulary)
+        keys = pieces.row[units] * LONGEST_TEXT + pieces.start[units]
+        masked, selected = _mask_by_epoch(ids, mask, keys, epochs, seed, pretrain.mlm.mask_fraction, vocabulary)
         return Inputs(masked, mask, selected, ids[selected], None, None, pieces.row[units])
 
     return Units(len(pieces.row), pieces.row, cost, build)

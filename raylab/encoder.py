@@ -1,6 +1,5 @@
 """Encoders: Hugging Face masked-language models built, loaded, run and saved; mean pooling over real tokens."""
 
-import logging
 import shutil
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -15,7 +14,6 @@ from transformers import AutoConfig, AutoModelForMaskedLM, RobertaConfig, Robert
 from transformers.utils import logging as transformers_logging
 
 from raylab.batches import cut_pieces, pad_rows, slice_piece
-from raylab.identity import digest, digest_folder
 from raylab.mistakes import JobError
 from raylab.specs import EncoderConfig
 from raylab.tokens import TokenStore, Vocabulary
@@ -51,37 +49,23 @@ def precision(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
 
 
-def digest_pretrained(path: str, revision: str | None) -> str:
-    """What names the weights of a directory (its bytes) or of a Hugging Face name (its commit). Raises JobError."""
-    if Path(path).is_dir():
-        if not (Path(path) / "config.json").is_file():
-            raise JobError([f"encoder.pretrained: '{path}' holds no config.json; name a Hugging Face model directory"])
-        return digest_folder(Path(path))
-    try:
-        config = AutoConfig.from_pretrained(path, revision=revision or "main")
-    except (OSError, ValueError) as error:
-        raise JobError(
-            [
-                f"encoder.pretrained: '{path}' is no directory here and is not found by name ({type(error).__name__}); "
-                "check the spelling, the network, or download it and give its directory"
-            ]
-        ) from None
-    return digest({"name": path, "commit": getattr(config, "_commit_hash", None) or revision})
+def inspect_encoder(path: str, revision: str | None) -> dict[str, Any]:
+    """What must be known of an encoder before any worker starts, found by loading it once.
 
-
-def check_pretrained(path: str, revision: str | None, max_length: int) -> list[str]:
-    """Rules that a pretrained encoder must keep, from its config alone: family and number of positions."""
-    config = AutoConfig.from_pretrained(path, revision=revision or "main")
-    problems = []
-    if config.model_type not in HEADS:
-        problems.append(f"encoder.pretrained: family '{config.model_type}' is not supported; use {', '.join(HEADS)}")
+    num_layers, positions (tokens at once, special ones too; None: any), vocab_size, new_head (whether the masked-
+    language head is missing). Raises JobError for an unsupported family, or weights that are not all there.
+    """
+    model, new_head = load_encoder(path, revision)
+    config: Any = model.config
     positions = getattr(config, "max_position_embeddings", None)
+    # RoBERTa counts positions from the padding id on.
     offset = (config.pad_token_id or 0) + 1 if config.model_type in ("roberta", "xlm-roberta") else 0
-    if positions is not None and max_length > positions - offset:
-        problems.append(
-            f"corpus.max_length: {max_length} exceeds the encoder's {positions - offset} positions; lower it"
-        )
-    return problems
+    return {
+        "num_layers": len(split_layers(model).layers),
+        "positions": None if positions is None else positions - offset,
+        "vocab_size": config.vocab_size,
+        "new_head": new_head,
+    }
 
 
 def build_encoder(config: EncoderConfig, vocabulary: Vocabulary, max_length: int, seed: int) -> nn.Module:
@@ -109,7 +93,7 @@ def build_encoder(config: EncoderConfig, vocabulary: Vocabulary, max_length: int
 def load_encoder(path: str, revision: str | None = None, seed: int = 0) -> tuple[nn.Module, bool]:
     """The masked-language model of a name or directory in float32, and whether its head had to be made anew.
 
-    Weights that the file lacks (a missing head) are drawn from `seed`. Raises JobError for an unsupported family.
+    A missing head is drawn from `seed`. Raises JobError for an unsupported family, or where other weights are missing.
     """
     torch.manual_seed(seed)
     before = transformers_logging.get_verbosity()
@@ -125,10 +109,10 @@ def load_encoder(path: str, revision: str | None = None, seed: int = 0) -> tuple
     finally:
         transformers_logging.set_verbosity(before)
     base = f"{model.base_model_prefix}."
-    new_head = any(not name.startswith(base) for name in loading["missing_keys"])
-    if new_head:
-        logging.getLogger("raylab").info("encoder %s has no masked-language head; a new one is trained", path)
-    return model, new_head
+    lost = [name for name in loading["missing_keys"] if name.startswith(base) and ".pooler." not in name]
+    if lost:
+        raise JobError([f"encoder: {len(lost)} weights are missing from '{path}', such as {lost[0]}; get a whole copy"])
+    return model, any(not name.startswith(base) for name in loading["missing_keys"])
 
 
 def save_encoder(model: nn.Module, tokenizer: Path, folder: Path) -> None:

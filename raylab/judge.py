@@ -11,6 +11,8 @@ from raylab.specs import Job, TrialSpec
 from raylab.tables import list_trials, read_rows, read_trial
 from raylab.trial import compute_targets
 
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+
 
 def decide(spec: TrialSpec, rung: int) -> bool:
     """True to go on. Only trials of a search are ever stopped."""

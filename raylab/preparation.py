@@ -16,11 +16,11 @@ from raylab.corpus import (
     split_corpus,
     store_corpus,
 )
-from raylab.identity import digest, name_arm, name_trial
+from raylab.identity import digest, digest_folder, name_arm, name_trial
 from raylab.mistakes import JobError
 from raylab.settings import list_settings, with_settings
 from raylab.specs import Job, TrialSpec
-from raylab.stages import Stage, open_stage
+from raylab.stages import Stage, build_stage, name_stage, open_stage, read_info
 from raylab.tables import read_rows, read_trial
 from raylab.tokens import copy_tokenizer, store_tokens, train_tokenizer
 
@@ -38,6 +38,7 @@ class Preparation:
     tell: Tell
     splits: dict[int, SplitCorpus] = field(default_factory=dict)
     memory: dict[Any, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def split(self, seed: int) -> SplitCorpus:
         """The corpus under a trial's seed; one for all seeds unless split.vary is true."""
@@ -63,27 +64,69 @@ class Start:
 def find_start(preparation: Preparation, job: Job) -> Start:
     """The start of an arm's encoder. Raises JobError where it can't be found or can't serve."""
     encoder = job.encoder
-    key = ("start", encoder, job.corpus.max_length)
-    if key not in preparation.memory:
-        preparation.memory[key] = _find_start(preparation, job)
-    start: Start = preparation.memory[key]
+    if encoder.config is not None:
+        return Start(digest("from scratch"), None)
+    if encoder not in preparation.memory:
+        preparation.memory[encoder] = _find_start(preparation, job)
+    start: Start = preparation.memory[encoder]
+    if problems := _check_start(preparation, job, start):
+        raise JobError(problems)
     return start
 
 
 def _find_start(preparation: Preparation, job: Job) -> Start:
     encoder = job.encoder
-    if encoder.config is not None:
-        return Start(digest("from scratch"), None)
     if encoder.pretrained is not None:
-        from raylab.encoder import check_pretrained, digest_pretrained
-
-        found = Start(digest_pretrained(encoder.pretrained, encoder.revision), encoder.pretrained)
-        if problems := check_pretrained(encoder.pretrained, encoder.revision, job.corpus.max_length):
-            raise JobError(problems)
-        return found
+        return Start(_digest_pretrained(encoder.pretrained, encoder.revision), encoder.pretrained)
     assert encoder.trial is not None
     stage = find_trial_encoder(preparation.results, encoder.trial)
     return Start(digest({"stage": stage.name}), str(stage / "encoder"))
+
+
+def _digest_pretrained(path: str, revision: str | None) -> str:
+    """What names the weights of a directory (its bytes) or of a Hugging Face name (its commit)."""
+    if Path(path).is_dir():
+        if not (Path(path) / "config.json").is_file():
+            raise JobError([f"encoder.pretrained: '{path}' holds no config.json; name a Hugging Face model directory"])
+        return digest_folder(Path(path))
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path, revision=revision or "main")
+    except (OSError, ValueError) as error:
+        raise JobError(
+            [
+                f"encoder.pretrained: '{path}' is no directory here and is not found by name ({type(error).__name__}); "
+                "check the spelling, the network, or download it and give its directory"
+            ]
+        ) from None
+    return digest({"name": path, "commit": getattr(config, "_commit_hash", None) or revision})
+
+
+def _check_start(preparation: Preparation, job: Job, start: Start) -> list[str]:
+    """Rules that an existing encoder must keep; it is loaded once to know them, and what was found is kept."""
+    assert start.path is not None
+    key = {"encoder": start.digest}
+    folder = open_stage(preparation.results, name_stage("inspect", key))
+    if folder is not None:
+        found = read_info(folder)
+    else:
+        from raylab.encoder import inspect_encoder
+
+        found = inspect_encoder(start.path, job.encoder.revision)
+        build_stage(preparation.results, "inspect", key, lambda folder: found)
+    where = "encoder.pretrained" if job.encoder.pretrained else "encoder.trial"
+    if found["new_head"] and job.pretrain.objective != "none":
+        preparation.notes.append(f"{where}: the encoder has no masked-language head; a new one is made and trained")
+    problems = []
+    if found["positions"] is not None and job.corpus.max_length > found["positions"]:
+        problems.append(
+            f"corpus.max_length: {job.corpus.max_length} exceeds the encoder's {found['positions']} positions; lower it"
+        )
+    for depth in job.evaluate.frozen_layers:
+        if depth.isdigit() and int(depth) > found["num_layers"]:
+            problems.append(f"evaluate.frozen_layers: '{depth}' exceeds the encoder's {found['num_layers']} layers")
+    return problems
 
 
 def find_trial_encoder(results: Path, trial_id: str) -> Path:

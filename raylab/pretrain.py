@@ -47,7 +47,6 @@ class Progress:
     epoch: int = 0
     position: int = 0
     flops: float = 0.0
-    wall_seconds: float = 0.0
     sums: dict[str, float] = field(default_factory=dict)
     num_summed: int = 0
     curves: list[dict[str, Any]] = field(default_factory=list)

@@ -5,40 +5,29 @@ from typing import Any, NamedTuple
 
 import duckdb
 import pyarrow as pa
-import pyarrow.dataset
-import pyarrow.parquet as pq
 import yaml
 
 from raylab.mistakes import JobError
-from raylab.tables import SCHEMAS
-
-ATTEMPTS = 5
+from raylab.tables import SCHEMAS, list_files, read_file
 
 
 def _quote(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
-def open_tables(results: Path) -> duckdb.DuckDBPyConnection:
+def open_tables(results: Path, sql: str | None = None) -> duckdb.DuckDBPyConnection:
     """A DuckDB connection with one view a table over all jobs, that can reach no other file, nor write any.
 
-    Columns are joined by name, so rows of older versions stay readable. Raises JobError without a results folder.
+    The rows are those of one moment. With `sql`, only the tables that it names are read. Columns are joined by name,
+    so rows of older versions stay readable. Raises JobError without a results folder.
     """
     if not results.is_dir():
         raise JobError([f"--results {results}: no such folder; give the one that 'raylab run' wrote to"])
     connection = duckdb.connect()
     for table, schema in SCHEMAS.items():
-        files = [
-            str(path)
-            for path in sorted(results.glob(f"*/{table}/*.parquet"))
-            if not path.name.startswith(".") and not path.parts[-3].startswith("_")
-        ]
-        if table == "trials":  # settings come and go with versions, the columns of other tables don't
-            older = {field.name: field for path in files for field in pq.read_schema(path)}
-            schema = pa.schema([*schema, *(older[name] for name in sorted(older.keys() - set(schema.names)))])
-        # Through Arrow, which opens a file once for its footer and its rows. DuckDB's own reader opens it again by its
-        # name, and fails on a file that was replaced in between.
-        connection.register(table, pyarrow.dataset.dataset(files, schema=schema, format="parquet"))
+        if sql is None or table in sql.lower():
+            parts = [schema.empty_table(), *(read_file(path, table) for path in list_files(results, table))]
+            connection.register(table, pa.concat_tables(parts, promote_options="default"))
     connection.execute("set enable_external_access=false")
     connection.execute("set lock_configuration=true")
     return connection
@@ -46,19 +35,18 @@ def open_tables(results: Path) -> duckdb.DuckDBPyConnection:
 
 def query(results: Path, sql: str) -> pa.Table:
     """The answer to a query. Raises JobError where it is wrong, in one line."""
-    for attempt in range(1, ATTEMPTS + 1):
-        connection = open_tables(results)
-        try:
-            answer = connection.sql(sql)
-            if answer is None:
-                raise JobError(["query: it asks for no rows; begin it with select or from"])
-            return answer.to_arrow_table()
-        except duckdb.Error as error:
-            first = str(error).splitlines()[0]
-            # A query that names a table twice reads its files twice, and one may be replaced in between.
-            if attempt == ATTEMPTS or "reading the stream registered as" not in first:
-                raise JobError([f"query: {first}; 'raylab query --list' shows the tables and their columns"]) from None
-    raise AssertionError("the last attempt returns or raises")
+    try:
+        answer = open_tables(results, sql).sql(sql)
+    except duckdb.Error as error:
+        first = str(error).splitlines()[0]
+        raise JobError([f"query: {first}; 'raylab query --list' shows the tables and their columns"]) from None
+    if answer is None:
+        raise JobError(["query: it asks for no rows; begin it with select or from"])
+    try:
+        return answer.to_arrow_table()
+    except duckdb.Error as error:
+        # An error in the rows themselves: its message could quote a cell.
+        raise JobError([f"query: {type(error).__name__} while reading the rows; check casts and arithmetic"]) from None
 
 
 def list_jobs(results: Path) -> list[str]:
@@ -79,7 +67,7 @@ def summarise_jobs(results: Path, name: str | None = None) -> list[dict[str, Any
     """A row a job: trials by state, arms, best search value, last failure and last change."""
     if name is not None:
         find_job(results, name)
-    connection = open_tables(results)
+    connection = open_tables(results, "trials")
     where = "" if name is None else f"and job = {_quote(name)}"
     found = connection.sql(
         f"""
@@ -123,7 +111,7 @@ def read_cell(results: Path, job: str, table: str, cell: dict[str, Any], split: 
     Only trials that ran to the end count; of an adaptive search only confirmed ones. Baselines have no depth and no
     probe, so for them those parts of the cell are left out.
     """
-    connection = open_tables(results)
+    connection = open_tables(results, f"trials {table}")
     conditions = " and ".join(
         f"(t.arm like 'baseline:%' or s.{key} is not distinct from ?)"
         if key in ("frozen_layers", "probe")
@@ -146,7 +134,7 @@ def read_cell(results: Path, job: str, table: str, cell: dict[str, Any], split: 
 def read_heldout(results: Path, job: str) -> dict[tuple[str, int], dict[str, tuple[float, float]]]:
     """(arm, seed) -> held-out measure -> its value at the start and at the end of pre-training."""
     rows = (
-        open_tables(results)
+        open_tables(results, "trials curves")
         .execute(
             """
             select t.arm, t.seed, c.metric, arg_min(c.value, c.step), arg_max(c.value, c.step)

@@ -24,7 +24,8 @@ Values = dict[str, Any]
 MOST_REPEATS = 20
 FINISHED = ("complete", "stopped", "infeasible", "failed")
 
-optuna.logging.set_verbosity(optuna.logging.WARNING)
+# Silent, warnings too: TPE's tell of conditional settings, which are meant.
+optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
 def _make_tpe(seed: int, num_arms: int) -> optuna.samplers.BaseSampler:
@@ -36,7 +37,6 @@ def _make_tpe(seed: int, num_arms: int) -> optuna.samplers.BaseSampler:
             group=True,  # conditional settings: arms that share settings inform each other
             constant_liar=True,  # arms still running count as bad: workers spread out
             n_startup_trials=max(3, min(10, num_arms // 4)),
-            warn_independent_sampling=False,
         )
 
 

@@ -46,6 +46,8 @@ def run_job(
     """
     preparation = prepare(job, results, progress.tell)
     name_point(preparation, {})  # the base arm must be able to run: said before anything is written
+    for note in dict.fromkeys(preparation.notes):
+        progress.note(note)
     folder = results / job.name
     with _only_driver(folder, job.name):
         (folder / "job.yaml").write_text(dump_yaml(job))

@@ -104,9 +104,29 @@ def write_rows(
     os.replace(scratch, path)
 
 
+def read_file(path: Path, table: str) -> pa.Table:
+    """A file's rows: today's columns first, null where an older raylab did not write them, then columns it had more.
+
+    The file is opened once, so that rows are never of two versions; and without pyarrow's datasets, which load pandas.
+    """
+    found = pq.ParquetFile(path).read()
+    known = {
+        field.name: found[field.name].cast(field.type)
+        if field.name in found.column_names
+        else pa.nulls(len(found), field.type)
+        for field in SCHEMAS[table]
+    }
+    return pa.table(known | {name: found[name] for name in found.column_names if name not in known})
+
+
+def list_files(results: Path, table: str) -> list[Path]:
+    """The files of a table over all jobs."""
+    files = sorted(results.glob(f"*/{table}/*.parquet"))
+    return [path for path in files if not path.name.startswith(".") and not path.parts[-3].startswith("_")]
+
+
 def _read_file(path: Path, table: str) -> list[dict[str, Any]]:
-    """The rows of a file by today's columns: null where an older raylab did not write them."""
-    rows: list[dict[str, Any]] = pq.read_table(path, schema=SCHEMAS[table], partitioning=None).to_pylist()
+    rows: list[dict[str, Any]] = read_file(path, table).select(SCHEMAS[table].names).to_pylist()
     return rows
 
 

@@ -15,8 +15,8 @@ from raylab.stages import FOLDER, VERSIONS, Stage, build_stage, name_stage, open
 from raylab.world import World
 
 KEY = {"texts": "abc", "size": 3}
-# fork: the functions below are sent as they are, and start-up is quick.
-processes = multiprocessing.get_context("fork")
+# spawn: a fork of a process that has threads, as pytest has after other tests, may crash.
+processes = multiprocessing.get_context("spawn")
 
 
 def build(results: Path, log: Path | None = None, seconds: float = 0.0, key: dict[str, Any] = KEY) -> Stage:
@@ -102,35 +102,35 @@ def test_a_folder_without_its_note_is_not_a_stage(tmp_path: Path) -> None:
     assert not (folder / "leftover").exists()
 
 
+def ask(results: Path, gate: Any, answers: Any) -> None:
+    gate.wait()
+    stage = build(results, results / "log", 0.3)
+    answers.put((stage.stage_id, stage.reused, (stage.path / "second").read_text(), stage.info))
+
+
 def test_processes_that_ask_at_once_build_once(tmp_path: Path) -> None:
-    log = tmp_path / "log"
     answers = processes.Queue()
     gate = processes.Barrier(4)
-
-    def ask() -> None:
-        gate.wait()
-        stage = build(tmp_path, log, 0.3)
-        answers.put((stage.stage_id, stage.reused, (stage.path / "second").read_text(), stage.info))
-
-    children = [processes.Process(target=ask) for _ in range(4)]
+    children = [processes.Process(target=ask, args=(tmp_path, gate, answers)) for _ in range(4)]
     for child in children:
         child.start()
     found = [answers.get(timeout=30) for _ in children]
     for child in children:
         child.join()
-    assert len(log.read_text().splitlines()) == 1
+    assert len((tmp_path / "log").read_text().splitlines()) == 1
     assert sorted(reused for _, reused, _, _ in found) == [False, True, True, True]
     assert {(stage_id, text, info["rows"]) for stage_id, _, text, info in found} == {
         (name_stage("tokens", KEY), "2", 7)
     }
 
 
-def test_a_reader_sees_only_whole_stages(tmp_path: Path) -> None:
-    def write() -> None:
-        for number in range(60):
-            build(tmp_path, seconds=0.002, key={"number": number})
+def build_many(results: Path) -> None:
+    for number in range(60):
+        build(results, seconds=0.002, key={"number": number})
 
-    child = processes.Process(target=write)
+
+def test_a_reader_sees_only_whole_stages(tmp_path: Path) -> None:
+    child = processes.Process(target=build_many, args=(tmp_path,))
     child.start()
     seen: set[str] = set()
     while child.is_alive():

@@ -1,0 +1,643 @@
+"""The search driven by hand: trials are rows written to the tables, nothing is trained and Ray is not needed."""
+
+import datetime
+import itertools
+import math
+import warnings
+
+import numpy as np
+import pytest
+
+from raylab.identity import name_arm
+from raylab.judge import decide, keep_going
+from raylab.mistakes import JobError
+from raylab.search import MOST_REPEATS, Search, list_points, read_values
+from raylab.settings import list_settings, with_settings
+from raylab.specs import TrialSpec
+from raylab.tables import list_trials, read_trial, write_rows
+
+START = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
+SECONDS = itertools.count()
+TARGET = {"task": "severity"}
+SURFACE = {
+    "pretrain.learning_rate": {"low": 1e-5, "high": 1e-2, "log": True},
+    "pretrain.declutr.temperature": {"low": 0.01, "high": 1.0, "log": True},
+}
+BASE = {"pretrain.learning_rate": 1e-5, "pretrain.declutr.temperature": 1.0}  # the worst of it
+
+
+def compute_surface(values):
+    """Best, 0, at a learning rate of 1e-3 and a temperature of 0.05."""
+    values = BASE | values
+    return -(math.log10(values["pretrain.learning_rate"] / 1e-3) ** 2) - (
+        math.log10(values["pretrain.declutr.temperature"] / 0.05) ** 2
+    )
+
+
+class Driver:
+    """A sweep without trials: each request becomes a row of `trials` with the value that `measure` gives."""
+
+    def __init__(self, job, results, measure=lambda request: compute_surface(request.values)):
+        self.job, self.results, self.measure = job, results, measure
+        self.requests = []
+        self.rebuild()
+
+    def rebuild(self):
+        """The search as a process that was started just now has it."""
+        self.search = Search(self.job, self.results, self.name_point)
+
+    def name_point(self, values):
+        job = with_settings(self.job, values)
+        return name_arm(
+            list_settings(job), data_digest="data", encoder_digest="encoder", searched=self.job.search.space
+        )
+
+    def write(self, request, status, value=None, rung=1, **columns):
+        trial_id = f"{request.arm}-{request.seed}"
+        known = read_trial(self.results, self.job.name, trial_id)
+        started = START + datetime.timedelta(seconds=next(SECONDS))
+        row = {
+            **list_settings(with_settings(self.job, request.values)),
+            "arm": request.arm,
+            "phase": request.phase,
+            "seed": request.seed,
+            "status": status,
+            "rung": rung,
+            "num_rungs": 2,
+            "target_values": [value],
+            "started_at": known["started_at"] if known else started,
+            **columns,
+        }
+        write_rows(self.results, self.job.name, "trials", trial_id, [row])
+        return trial_id, read_trial(self.results, self.job.name, trial_id)
+
+    def next(self):
+        request = self.search.next_request()
+        if request is not None:
+            self.requests.append(request)
+        return request
+
+    def finish(self, request, status="complete", value=None, rung=2):
+        value = self.measure(request) if value is None and status in ("complete", "stopped") else value
+        self.search.finish(*self.write(request, status, value, rung))
+
+    def run(self, most=10_000):
+        """Every trial, one after another; the requests of this call."""
+        before = len(self.requests)
+        for _ in range(most):
+            try:
+                request = self.next()
+            except StopIteration:
+                break
+            self.finish(request)
+        return self.requests[before:]
+
+    def list_done(self):
+        rows = list_trials(self.results, self.job.name)
+        return sorted((row["arm"], row["seed"], row["phase"]) for row in rows if row["status"] == "complete")
+
+
+@pytest.fixture
+def make_driver(make_job, tmp_path):
+    """`make_driver({"search.num_arms": 4})`: a search over the surface, DeCLUTR, without any trial yet."""
+
+    def make(changes=None, folder=tmp_path, **arguments):
+        search = {"design": "random", "num_arms": 4, "targets": [TARGET], "space": SURFACE}
+        changes = {"search": search, **(changes or {})}
+        return Driver(make_job("declutr", changes), folder, **arguments)
+
+    return make
+
+
+def drain(search):
+    """What is asked for before anything has finished."""
+    found = []
+    while True:
+        try:
+            request = search.next_request()
+        except StopIteration:
+            return found
+        if request is None:
+            return found
+        found.append(request)
+
+
+def make_grid(make_job, space, changes=None):
+    return make_job("declutr", {"search": {"design": "grid", "space": space}, **(changes or {})})
+
+
+# Points
+
+
+def test_a_grid_lists_conditional_points_once_and_in_order(make_job):
+    space = {
+        "pretrain.objective": ["none", "mlm", "declutr"],
+        "pretrain.learning_rate": [1e-4, 1e-3],
+        "pretrain.declutr.max_span": {"low": 8, "high": 24, "step": 8},
+        "pretrain.declutr.sampling": {"choices": ["any", "adjacent"], "when": {"pretrain.declutr.max_span": [8, 24]}},
+    }
+    expected = [{"pretrain.objective": "none"}]
+    expected += [{"pretrain.objective": "mlm", "pretrain.learning_rate": rate} for rate in (1e-4, 1e-3)]
+    for rate in (1e-4, 1e-3):
+        for span in (8, 16, 24):
+            point = {
+                "pretrain.objective": "declutr", "pretrain.learning_rate": rate, "pretrain.declutr.max_span": span
+            }  # fmt: skip
+            expected += (
+                [point] if span == 16 else [{**point, "pretrain.declutr.sampling": s} for s in ("any", "adjacent")]
+            )
+    assert list(list_points(make_grid(make_job, space))) == expected
+
+
+def test_the_order_in_the_file_does_not_hide_a_setting(make_job):
+    space = {"pretrain.declutr.max_span": [16, 24], "pretrain.objective": ["mlm", "declutr"]}
+    points = list(list_points(make_grid(make_job, space)))
+    assert points == [
+        {"pretrain.objective": "mlm"},
+        {"pretrain.objective": "declutr", "pretrain.declutr.max_span": 16},
+        {"pretrain.objective": "declutr", "pretrain.declutr.max_span": 24},
+    ]
+
+
+def test_a_condition_on_a_setting_that_is_not_read_does_not_hold(make_job):
+    space = {
+        "pretrain.objective": ["mlm", "declutr"],
+        "pretrain.declutr.max_span": [16, 24],
+        "pretrain.learning_rate": {"choices": [1e-4, 1e-3], "when": {"pretrain.declutr.max_span": 24}},
+    }
+    points = list(list_points(make_grid(make_job, space)))
+    assert points[0] == {"pretrain.objective": "mlm"}
+    assert [len(point) for point in points] == [1, 2, 3, 3]
+
+
+def test_stepped_ranges_hold_the_listed_values(make_job):
+    space = {
+        "pretrain.warmup_fraction": {"low": 0.1, "high": 0.35, "step": 0.1},
+        "pretrain.declutr.num_positives": {"low": 1, "high": 3},
+    }
+    points = list(list_points(make_grid(make_job, space)))
+    assert [tuple(point.values()) for point in points] == [(w, n) for w in (0.1, 0.2, 0.3) for n in (1, 2, 3)]
+    assert all(isinstance(point["pretrain.declutr.num_positives"], int) for point in points)
+
+
+def test_a_grid_is_asked_for_as_it_is_listed(make_job, tmp_path):
+    space = {
+        "pretrain.objective": ["mlm", "declutr"],
+        "pretrain.warmup_fraction": {"low": 0.1, "high": 0.35, "step": 0.1},
+        "pretrain.declutr.num_positives": {"low": 1, "high": 3, "when": {"pretrain.objective": "declutr"}},
+    }
+    job = make_grid(make_job, space, {"search.seeds": [3, 1]})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        requests = drain(Driver(job, tmp_path).search)
+    points = list(list_points(job))
+    assert len(points) == 12
+    assert [request.values for request in requests] == [point for point in points for _ in range(2)]
+    assert [request.seed for request in requests] == [3, 1] * 12
+    assert {request.phase for request in requests} == {"fixed"}
+    assert len({request.arm for request in requests}) == 12
+
+
+def test_lists_are_choices(make_job, tmp_path):
+    space = {"evaluate.shots": [[2], [2, 4], ["full"]], "evaluate.frozen_layers": ["all", "none"]}
+    driver = Driver(make_grid(make_job, space), tmp_path, lambda request: 0.5)
+    points = list(list_points(driver.job))
+    assert [request.values for request in driver.run()] == points
+    assert len(points) == 6
+    for row in list_trials(tmp_path, "tiny"):
+        assert read_values(driver.job, row) in points
+    driver.rebuild()
+    assert driver.run() == []
+
+
+@pytest.mark.parametrize("design", ["random", "tpe"])
+def test_values_lie_in_their_ranges(make_driver, design):
+    space = {
+        "pretrain.learning_rate": {"low": 1e-5, "high": 1e-2, "log": True},
+        "pretrain.declutr.num_positives": {"low": 1, "high": 9, "step": 2},
+        "pretrain.declutr.max_span": {"low": 8, "high": 24, "log": True},
+        "pretrain.weight_decay": {"low": 0.0, "high": 0.25, "step": 0.1},
+        "pretrain.warmup_fraction": {"low": 0.0, "high": 0.5},
+    }
+    driver = make_driver(
+        {"search": {"design": design, "num_arms": 40, "targets": [TARGET], "space": space},
+         "pretrain.declutr.num_anchors": 1, "pretrain.num_tokens": 20_000},
+        measure=lambda request: float(np.sin(request.seed)),
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        values = [request.values for request in driver.run()]
+    assert len(values) == 40
+    rates = np.array([point["pretrain.learning_rate"] for point in values])
+    assert rates.min() >= 1e-5
+    assert rates.max() <= 1e-2
+    assert (rates < 1e-4).mean() > 0.1  # a log range: a linear one has 1 % there
+    assert {point["pretrain.declutr.num_positives"] for point in values} <= {1, 3, 5, 7, 9}
+    assert {point["pretrain.weight_decay"] for point in values} == {0.0, 0.1, 0.2}
+    spans = {point["pretrain.declutr.max_span"] for point in values}
+    assert spans <= set(range(8, 25))
+    assert all(isinstance(span, int) for span in spans)
+    assert all(0 <= point["pretrain.warmup_fraction"] <= 0.5 for point in values)
+
+
+# Samplers
+
+
+@pytest.mark.parametrize("design", ["random", "tpe"])
+def test_a_sampler_seed_reproduces_a_search(make_driver, tmp_path, design):
+    def run(seed, folder):
+        changes = {"search.design": design, "search.sampler_seed": seed, "search.num_arms": 12}
+        return [request.values for request in make_driver(changes, tmp_path / folder).run()]
+
+    first = run(0, "a")
+    assert run(0, "b") == first
+    assert run(1, "c") != first
+    assert len({str(values) for values in first}) == 12
+
+
+def test_tpe_beats_random(make_driver, tmp_path):
+    best = {
+        design: [
+            max(
+                compute_surface(request.values)
+                for request in make_driver(
+                    {"search.design": design, "search.sampler_seed": seed, "search.num_arms": 25},
+                    tmp_path / f"{design}{seed}",
+                ).run()
+            )
+            for seed in range(8)
+        ]
+        for design in ("tpe", "random")
+    }
+    assert np.mean(best["tpe"]) > np.mean(best["random"])
+    assert np.sum(np.array(best["tpe"]) > best["random"]) >= 5
+    assert np.mean(best["tpe"]) > -0.03
+
+
+def test_minimise(make_driver, tmp_path):
+    """The same search of the negated surface is the mirror image: the same points, the same arms confirmed."""
+    runs = {}
+    for mode, sign in (("max", 1), ("min", -1)):
+        driver = make_driver(
+            {
+                "search.design": "tpe",
+                "search.num_arms": 15,
+                "search.targets": [{**TARGET, "mode": mode}],
+                "search.confirm": {"top": 2, "seeds": [5]},
+            },
+            tmp_path / mode,
+            measure=lambda request, sign=sign: sign * (compute_surface(request.values) if request.values else -9.0),
+        )
+        runs[mode] = [(request.values, request.phase) for request in driver.run()]
+    assert runs["min"] == runs["max"]
+    best = sorted(runs["min"][:15], key=lambda pair: -compute_surface(pair[0]))[:2]
+    assert [values for values, phase in runs["min"] if phase == "confirm"] == [*(values for values, _ in best), {}]
+
+
+def test_an_arm_is_worth_the_mean_of_its_seeds_told_once(make_driver):
+    driver = make_driver({"search.seeds": [0, 1], "search.num_arms": 2})
+    first, second = driver.next(), driver.next()
+    assert first.arm == second.arm
+    told = lambda: [trial.value for trial in driver.search.study.get_trials() if trial.state.name == "COMPLETE"]  # noqa: E731
+    driver.finish(first, value=0.25)
+    assert told() == []
+    assert driver.search.scores == {}
+    driver.finish(second, value=0.75)
+    assert told() == [0.5]
+    assert driver.search.scores == {first.arm: 0.5}
+    driver.run()
+    assert len(told()) == 2
+
+
+def test_trials_side_by_side_get_different_arms(make_driver):
+    for design in ("random", "tpe"):
+        assert len({request.arm for request in drain(make_driver({"search.design": design}).search)}) == 4
+
+
+# Confirmation, failures, ends
+
+
+def test_the_best_and_the_base_arm_are_confirmed_after_the_search(make_driver):
+    driver = make_driver(
+        {"search.num_arms": 6, "search.confirm": {"top": 2, "seeds": [8, 9]}},
+        measure=lambda request: compute_surface(request.values) if request.values else -9.0,
+    )
+    assert driver.search.num_planned == 6 + 3 * 2
+    open_requests = drain(driver.search)
+    assert [request.phase for request in open_requests] == ["search"] * 6
+    for request in open_requests[:-1]:
+        driver.finish(request)
+    assert driver.search.next_request() is None, "the search still runs"
+    driver.finish(open_requests[-1])
+    confirmed = driver.run()
+    best = sorted(open_requests, key=lambda request: -compute_surface(request.values))[:2]
+    arms = [*(request.arm for request in best), driver.name_point({})]
+    assert [(r.arm, r.seed, r.phase) for r in confirmed] == [(arm, s, "confirm") for s in (8, 9) for arm in arms]
+    assert driver.search.scores.keys() == {request.arm for request in open_requests}
+
+
+def test_a_base_arm_among_the_best_is_confirmed_once(make_driver):
+    space = {"pretrain.declutr.temperature": [0.05, 0.1]}
+    driver = make_driver(
+        {"search": {"design": "random", "num_arms": 2, "targets": [TARGET], "space": space,
+                    "confirm": {"top": 2, "seeds": [9]}}},
+        measure=lambda request: request.values["pretrain.declutr.temperature"],
+    )  # fmt: skip
+    requests = driver.run()
+    assert [request.phase for request in requests] == ["search", "search", "confirm", "confirm"]
+    assert driver.name_point({}) in {request.arm for request in requests[:2]}
+    assert len({request.arm for request in requests}) == 2
+
+
+def test_stopped_trials_are_pruned_and_never_confirmed(make_driver):
+    driver = make_driver({"search.num_arms": 3, "search.seeds": [0, 1], "search.confirm": {"top": 3, "seeds": [9]}})
+    for index in range(6):
+        request = driver.next()
+        if index == 3:  # one seed of the second arm, though its value is the best
+            driver.finish(request, "stopped", value=100.0, rung=1)
+        else:
+            driver.finish(request)
+    stopped = driver.requests[3].arm
+    states = [trial.state.name for trial in driver.search.study.get_trials()]
+    assert states == ["COMPLETE", "PRUNED", "COMPLETE"]
+    assert list(driver.search.study.get_trials()[1].intermediate_values) == [1]
+    assert driver.search.scores.keys() == {request.arm for request in driver.requests} - {stopped}
+    confirmed = driver.run()
+    assert {request.phase for request in confirmed} == {"confirm"}
+    assert len(confirmed) == 3
+    assert stopped not in {request.arm for request in confirmed}
+
+
+def test_failed_and_infeasible_trials_have_no_value(make_driver):
+    driver = make_driver({"search.num_arms": 4, "search.confirm": {"top": 4, "seeds": [9]}})
+    requests = [driver.next() for _ in range(4)]
+    driver.finish(requests[0], "failed")
+    driver.finish(requests[1], "infeasible")
+    driver.search.finish(f"{requests[2].arm}-{requests[2].seed}", None)
+    driver.finish(requests[3])
+    assert [trial.state.name for trial in driver.search.study.get_trials()] == ["FAIL", "FAIL", "FAIL", "COMPLETE"]
+    assert driver.search.scores.keys() == {requests[3].arm}
+    assert [request.arm for request in driver.run()] == [requests[3].arm, driver.name_point({})]
+
+    # A trial that failed is tried again; one that can't work is not; one that left no row is open.
+    driver.rebuild()
+    again = [request for request in driver.run() if request.phase == "search"]
+    assert [request.arm for request in again] == [requests[0].arm, *(r.arm for r in again[1:])]
+    assert requests[1].arm not in {request.arm for request in again}
+
+
+@pytest.mark.parametrize("design", ["grid", "random"])
+def test_an_infeasible_point_is_noted_and_passed_over(make_job, tmp_path, design):
+    search = {"design": design, "space": {"pretrain.declutr.max_span": [16, 24, 512]}}  # 512 exceeds max_length
+    if design == "random":
+        search |= {"num_arms": 3, "targets": [TARGET]}
+    driver = Driver(make_job("declutr", {"search": search}), tmp_path, lambda request: 0.5)
+    assert sorted(request.values["pretrain.declutr.max_span"] for request in driver.run()) == [16, 24]
+    assert any("pretrain.declutr.max_span: 512" in note for note in driver.search.notes)
+
+
+@pytest.mark.parametrize("design", ["random", "tpe"])
+def test_a_space_that_is_used_up_ends_the_search(make_driver, design):
+    space = {"pretrain.declutr.num_positives": {"low": 1, "high": 3}}
+    driver = make_driver(
+        {"search": {"design": design, "num_arms": 10, "targets": [TARGET], "space": space}},
+        measure=lambda request: 0.5,
+    )
+    assert sorted(request.values["pretrain.declutr.num_positives"] for request in driver.run()) == [1, 2, 3]
+    assert driver.search.notes == [
+        f"the space gave {MOST_REPEATS} known or infeasible arms in a row: the search ends with 3 of 10 arms"
+    ]
+
+
+def test_limits_hours(make_driver):
+    driver = make_driver({"limits.hours": 1e-9})
+    with pytest.raises(StopIteration):
+        driver.next()
+    assert "limits.hours" in driver.search.notes[0]
+    driver = make_driver({"limits.hours": 1.0})
+    assert len(driver.run()) == 4
+    assert driver.search.notes == []
+    # With nothing left to run, no limit stood in the way.
+    driver = make_driver({"limits.hours": 1e-9})
+    assert driver.run() == []
+    assert driver.search.notes == []
+
+
+# Going on from the tables
+
+CONDITIONAL = {
+    "pretrain.objective": ["mlm", "declutr"],
+    "pretrain.declutr.min_document_length": [None, 200],
+    "pretrain.learning_rate": {"low": 1e-5, "high": 1e-2, "log": True},
+    "pretrain.weight_decay": {"low": 0.0, "high": 0.3, "step": 0.1},
+    "evaluate.shots": [[2], [2, 4]],
+}
+
+
+@pytest.mark.parametrize("design", ["grid", "random", "tpe"])
+@pytest.mark.parametrize("left_open", [False, True])
+def test_a_search_rebuilt_after_every_trial_is_complete_and_repeats_nothing(make_job, tmp_path, design, left_open):
+    search = {"design": design, "seeds": [0, 1], "space": CONDITIONAL}
+    if design == "grid":
+        search["space"] = CONDITIONAL | {"pretrain.learning_rate": [1e-4], "pretrain.weight_decay": [0.1]}
+    else:
+        search |= {"num_arms": 7, "targets": [TARGET], "confirm": {"top": 2, "seeds": [5, 6]}}
+    changes = {"search": search, "pretrain.declutr.min_document_length": 150}
+
+    def measure(request):
+        return math.sin(1e5 * request.values.get("pretrain.learning_rate", 0.0)) + 0.1 * request.seed
+
+    job = make_job("declutr", changes)
+    whole, broken = Driver(job, tmp_path / "whole", measure), Driver(job, tmp_path / "broken", measure)
+    whole.run()
+    for turn in range(1000):
+        broken.rebuild()
+        try:
+            request = broken.next()
+        except StopIteration:
+            break
+        if left_open and turn % 2 == 0:  # killed under way: the row stays `running`
+            broken.write(request, "running", rung=0)
+            broken.rebuild()
+            again = broken.search.next_request()
+            open_ones = {(r.arm, r.seed, r.phase): r.values for r in [again, *broken.search.queue]}
+            assert open_ones[request.arm, request.seed, request.phase] == request.values
+            broken.rebuild()
+            while request not in broken.search.running.values():
+                broken.next()
+        broken.finish(request)
+    assert broken.list_done() == sorted({(r.arm, r.seed, r.phase) for r in whole.requests})
+    assert broken.list_done() == whole.list_done()
+    if design != "grid":
+        assert len(broken.list_done()) in (7 * 2 + 2 * 2, 7 * 2 + 3 * 2)
+
+
+def test_a_long_random_search_goes_on_after_a_break(make_driver):
+    """The sampler must not start again with the numbers of its first arms, which would end the search."""
+    driver = make_driver({"search.num_arms": MOST_REPEATS + 15})
+    driver.run(most=MOST_REPEATS + 5)
+    driver.rebuild()
+    assert len(driver.run()) == 10
+    assert driver.search.notes == []
+
+
+def test_what_was_open_side_by_side_is_asked_for_again(make_driver):
+    driver = make_driver({"search.num_arms": 5})
+    requests = drain(driver.search)
+    for request in requests[:4]:
+        driver.write(request, "running", rung=0)
+    driver.finish(requests[1])
+    driver.rebuild()
+    asked = drain(driver.search)
+    expected = [requests[0], requests[2], requests[3], requests[4]]
+    assert [(request.values, request.seed) for request in asked] == [(r.values, r.seed) for r in expected]
+
+
+def test_more_arms_and_more_seeds_run_only_what_is_missing(make_driver):
+    first = make_driver({"search.num_arms": 4, "search.seeds": [0]}).run()
+    more = make_driver({"search.num_arms": 6, "search.seeds": [0]}).run()
+    assert len(more) == 2
+    assert not {request.arm for request in more} & {request.arm for request in first}
+    seeds = make_driver({"search.num_arms": 6, "search.seeds": [0, 7]}).run()
+    assert {(request.arm, request.seed) for request in seeds} == {(request.arm, 7) for request in (*first, *more)}
+    assert len(seeds) == 6
+    assert make_driver({"search.num_arms": 6, "search.seeds": [0, 7]}).run() == []
+
+
+def test_more_points_of_a_grid_run_only_what_is_missing(make_job, tmp_path):
+    def run(rates, seeds):
+        job = make_grid(make_job, {"pretrain.learning_rate": rates}, {"search.seeds": seeds})
+        found = Driver(job, tmp_path, lambda request: 0.5).run()
+        return [(request.values["pretrain.learning_rate"], request.seed) for request in found]
+
+    assert run([1e-4, 1e-3], [0]) == [(1e-4, 0), (1e-3, 0)]
+    assert run([1e-4, 5e-4, 1e-3], [0, 1]) == [(1e-4, 1), (5e-4, 0), (5e-4, 1), (1e-3, 1)]
+
+
+@pytest.mark.parametrize("design", ["random", "tpe"])
+def test_more_shots_make_every_trial_due_again(make_driver, design):
+    changes = {"search.design": design, "search.confirm": {"top": 1, "seeds": [9]}}
+    first = make_driver(changes).run()
+    again = make_driver({**changes, "evaluate.shots": [2, 4]}).run()
+    assert [(r.arm, r.seed, r.phase) for r in again] == [(r.arm, r.seed, r.phase) for r in first]
+    assert make_driver({**changes, "evaluate.shots": [2, 4]}).run() == []
+
+
+def test_rows_outside_a_changed_space_are_left_alone(make_driver):
+    driver = make_driver({"search.num_arms": 6})
+    rates = [request.values["pretrain.learning_rate"] for request in driver.run()]
+    low = sorted(rates)[3]
+    narrower = {**SURFACE, "pretrain.learning_rate": {"low": low, "high": 1e-2, "log": True}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        driver = make_driver({"search.num_arms": 6, "search.space": narrower})
+        asked = driver.run()
+    assert len(asked) == 3
+    assert all(low <= request.values["pretrain.learning_rate"] for request in asked)
+    # A setting that is searched since: the old arms are no points of this space.
+    wider = {**narrower, "pretrain.declutr.num_positives": [3, 4]}
+    driver = make_driver({"search.num_arms": 6, "search.space": wider})
+    assert len(driver.run()) == 6
+
+
+def test_a_wrong_value_in_a_row_is_not_a_point(make_driver):
+    driver = make_driver()
+    request = driver.next()
+    driver.write(request, "complete", 0.5, **{"pretrain.max_grad_norm": 2.0, "arm": "another"})
+    driver.rebuild()
+    assert driver.search.arms == {}
+    with pytest.raises(JobError):
+        driver.name_point({"pretrain.declutr.max_span": 512})
+
+
+# Early stopping
+
+
+def make_stopping(make_job, changes=None, space=None):
+    search = {
+        "design": "random", "num_arms": 8, "targets": [TARGET], "early_stopping": "successive_halving",
+        "space": space or {"pretrain.declutr.temperature": {"low": 0.01, "high": 1.0}},
+    }  # fmt: skip
+    return make_job("declutr", {"pretrain.rungs": 4, "search": search, **(changes or {})})
+
+
+def write_scores(folder, job, name, values, *, phase="search", depth="all", probe="logistic"):
+    """A trial whose target was `values` at rungs 1, 2 and so on, as the mean of two draws."""
+    row = {
+        **list_settings(job), "evaluate.frozen_layers": [depth], "arm": name, "seed": 0, "phase": phase,
+        "status": "running", "rung": len(values), "num_rungs": 4, "started_at": START,
+    }  # fmt: skip
+    write_rows(folder, job.name, "trials", f"{name}-0", [row])
+    scores = [
+        {"rung": rung + 1, "task": "severity", "split": "validation", "shots": 2, "frozen_layers": depth,
+         "probe": probe, "draw": draw, "metric": "f1_macro", "value": value + (0.1 if draw else -0.1)}
+        for rung, value in enumerate(values) for draw in (0, 1)
+    ]  # fmt: skip
+    write_rows(folder, job.name, "scores", f"{name}-0", scores)
+
+
+def judge(folder, job, name, rung, phase="search"):
+    spec = TrialSpec(
+        job=job.name, arm=name, trial_id=f"{name}-0", phase=phase, seed=0, settings=job, results=str(folder),
+        corpus="", tokens={}, tokenizer="", encoder_digest="", data_digest="",
+    )  # fmt: skip
+    return decide(spec, rung)
+
+
+def test_a_bad_trial_is_stopped_and_a_good_one_goes_on(make_job, tmp_path, capfd):
+    job = make_stopping(make_job)
+    for index, value in enumerate((0.4, 0.5, 0.6, 0.7)):
+        write_scores(tmp_path, job, f"other{index}", [value, value])
+    write_scores(tmp_path, job, "bad", [0.3])
+    write_scores(tmp_path, job, "good", [0.8])
+    assert not judge(tmp_path, job, "bad", 1)
+    assert judge(tmp_path, job, "good", 1)
+    # The second rung is judged as well, among those that came so far.
+    write_scores(tmp_path, job, "good", [0.8, 0.1])
+    assert not judge(tmp_path, job, "good", 2)
+    write_scores(tmp_path, job, "good", [0.8, 0.9])
+    assert judge(tmp_path, job, "good", 2)
+    assert "".join(capfd.readouterr()) == ""
+
+
+def test_the_first_trial_goes_on(make_job, tmp_path):
+    job = make_stopping(make_job)
+    write_scores(tmp_path, job, "first", [0.1])
+    assert judge(tmp_path, job, "first", 1)
+
+
+def test_a_minimised_target_stops_high_values(make_job, tmp_path):
+    job = make_stopping(make_job, {"search.targets": [{**TARGET, "mode": "min"}]})
+    for index, value in enumerate((0.4, 0.5, 0.6, 0.7)):
+        write_scores(tmp_path, job, f"other{index}", [value])
+    write_scores(tmp_path, job, "low", [0.3])
+    write_scores(tmp_path, job, "high", [0.8])
+    assert judge(tmp_path, job, "low", 1)
+    assert not judge(tmp_path, job, "high", 1)
+
+
+@pytest.mark.parametrize("phase", ["confirm", "fixed"])
+def test_only_a_search_stops_trials(make_job, tmp_path, phase):
+    job = make_stopping(make_job)
+    for index, value in enumerate((0.4, 0.5, 0.6, 0.7)):
+        write_scores(tmp_path, job, f"other{index}", [value])
+    write_scores(tmp_path, job, "bad", [0.1], phase=phase)
+    assert judge(tmp_path, job, "bad", 1, phase)
+    # Nor are other phases what a search is judged by.
+    for index in range(4):
+        write_scores(tmp_path, job, f"other{index}", [0.9], phase=phase)
+    write_scores(tmp_path, job, "bad", [0.1])
+    assert judge(tmp_path, job, "bad", 1)
+    off = make_stopping(make_job, {"search.early_stopping": "none"})
+    assert keep_going(off, tmp_path, "bad-0", lambda trial_id, rung: None, 1)
+
+
+def test_arms_of_searched_depths_are_judged_each_at_its_own(make_job, tmp_path):
+    space = {"evaluate.frozen_layers": ["all", "none"], "pretrain.learning_rate": {"low": 1e-5, "high": 1e-2}}
+    job = make_stopping(make_job, space=space)
+    for index, value in enumerate((0.4, 0.5, 0.6, 0.7)):
+        write_scores(tmp_path, job, f"other{index}", [value], depth="none", probe="head")
+    write_scores(tmp_path, job, "bad", [0.3])
+    write_scores(tmp_path, job, "good", [0.8])
+    assert not judge(tmp_path, job, "bad", 1)
+    assert judge(tmp_path, job, "good", 1)
