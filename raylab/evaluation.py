@@ -159,7 +159,7 @@ def score_draws(
                         "probe": probe,
                         "draw": draw.draw,
                         "metric": metric,
-                        "value": value,
+                        "value": None if np.isnan(value) else value,
                         "num_train": len(draw.rows),
                         "num_eval": len(eval_y),
                     }

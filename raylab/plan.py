@@ -179,7 +179,7 @@ def _describe_spans(preparation: Preparation, base: TrialSpec) -> list[dict[str,
             continue
         everything = describe_spans(lengths[train], declutr)
         note = _broken_rules(job, settings)
-        if not everything["documents"]:
+        if note is None and not everything["documents"]:
             shortest = declutr.min_document_length or declutr.shortest_document()
             note = f"no training document has {shortest} tokens"
         rows.append({"settings": settings, "class": None, "cant_work": note} | everything)

@@ -129,6 +129,19 @@ def _check_start(preparation: Preparation, job: Job, start: Start) -> list[str]:
     return problems
 
 
+def find_last_rung(results: Path, job: str, trial_id: str) -> Path | None:
+    """The stage folder with a trial's final encoder, or None.
+
+    It is the one with all of the trial's tokens: not always the last listed, since more rungs can be asked for later.
+    """
+    trial = read_trial(results, job, trial_id)
+    for row in read_rows(results, job, "stages", trial_id):
+        folder = open_stage(results, row["stage_id"]) if row["kind"] == "pretrain" else None
+        if folder is not None and trial is not None and read_info(folder)["tokens"] == trial["num_tokens"]:
+            return folder
+    return None
+
+
 def find_trial_encoder(results: Path, trial_id: str) -> Path:
     """The stage folder of a complete trial's last rung, whichever job ran it. Raises JobError."""
     for folder in sorted(path.parent for path in results.glob("*/trials") if path.is_dir()):
@@ -139,8 +152,7 @@ def find_trial_encoder(results: Path, trial_id: str) -> Path:
             raise JobError(
                 [f"encoder.trial: '{trial_id}' is {row['status']}, not complete; resume job {folder.name} first"]
             )
-        ids = [r["stage_id"] for r in read_rows(results, folder.name, "stages", trial_id) if r["kind"] == "pretrain"]
-        found = open_stage(results, ids[-1]) if ids else None
+        found = find_last_rung(results, folder.name, trial_id)
         if found is None:
             raise JobError(
                 [f"encoder.trial: the encoder of '{trial_id}' is gone from {results}; run job {folder.name} again"]

@@ -235,22 +235,22 @@ class Search:
         self.study = optuna.create_study(
             direction="minimize" if self.sign < 0 else "maximize", sampler=optuna.samplers.RandomSampler(seed=0)
         )
+        rows = list(list_trials(results, job.name))
         self.done = {
             (row["arm"], row["phase"], row["seed"]): row
-            for row in list_trials(results, job.name)
+            for row in rows
             if row["status"] in FINISHED and row["status"] != "failed" and _is_current(job, row)
         }
-        self._reopen()
+        self._reopen(rows)
         for point in points:
             self.study.enqueue_trial(_encode_point(job, point))
 
-    def _reopen(self) -> None:
+    def _reopen(self, rows: list[dict[str, Any]]) -> None:
         """Puts the arms that the tables know back into the study, in their order, before any new one is asked for."""
-        phase = "search" if self.adaptive else "fixed"
         if not self.adaptive:
             return
-        for row in list_trials(self.results, self.job.name):
-            if row["phase"] == phase and row["arm"] not in self.arms and len(self.arms) < self.num_arms:
+        for row in rows:
+            if row["phase"] == "search" and row["arm"] not in self.arms and len(self.arms) < self.num_arms:
                 values = read_values(self.job, row)
                 try:
                     # Else of an earlier version of the job or of its space, or of other data.

@@ -17,6 +17,7 @@ from raylab.mistakes import JobError
 from raylab.preparation import Preparation, make_spec, name_point, prepare
 from raylab.progress import SweepProgress
 from raylab.search import Search, read_targets
+from raylab.settings import list_settings, with_settings
 from raylab.specs import Job, TrialSpec
 from raylab.tables import now, read_trial, write_rows
 from raylab.trial import run_trial
@@ -52,8 +53,9 @@ def run_job(
     with _only_driver(folder, job.name):
         (folder / "job.yaml").write_text(dump_yaml(job))
         seeds = [*job.search.seeds, *(job.search.confirm.seeds if job.search.confirm else ())]
+        memory: dict[Any, Any] = {}
         for index, seed in enumerate(seeds):
-            score_baselines(results, job, preparation.split(seed), seed)
+            score_baselines(results, job, preparation.split(seed), seed, memory=memory)
             progress.tell("baselines", index + 1, len(seeds))
         search = Search(job, results, lambda values: name_point(preparation, values)[0])
         sweep = Sweep(preparation, search, progress)
@@ -120,6 +122,7 @@ class Sweep:
         """Writes what became of a trial that could not do it itself."""
         results, job, request = self.preparation.results, self.preparation.job, self.search.running[trial_id]
         known = read_trial(results, job.name, trial_id) or {
+            **list_settings(with_settings(job, request.values)),
             "arm": request.arm,
             "phase": request.phase,
             "seed": request.seed,

@@ -109,12 +109,14 @@ def read_file(path: Path, table: str) -> pa.Table:
 
     The file is opened once, so that rows are never of two versions; and without pyarrow's datasets, which load pandas.
     """
-    found = pq.ParquetFile(path).read()
+    found, schema = pq.ParquetFile(path).read(), SCHEMAS[table]
+    if found.schema.equals(schema):
+        return found
     known = {
         field.name: found[field.name].cast(field.type)
         if field.name in found.column_names
         else pa.nulls(len(found), field.type)
-        for field in SCHEMAS[table]
+        for field in schema
     }
     return pa.table(known | {name: found[name] for name in found.column_names if name not in known})
 

@@ -118,7 +118,7 @@ def compute_targets(
     for target in settings.search.targets:
         wanted = resolve_target(settings, target) | {"rung": rung, "split": "validation"}
         rows = scores if target.table == "scores" else geometry
-        found = [r["value"] for r in rows if all(r[k] == v for k, v in wanted.items())]
+        found = [r["value"] for r in rows if r["value"] is not None and all(r[k] == v for k, v in wanted.items())]
         mean = float(np.mean(found)) if found else float("nan")
         values.append(None if np.isnan(mean) else mean)
     return values

@@ -1,6 +1,5 @@
 """The test split, opened on purpose: kept encoders are scored on it, and every access is recorded."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,11 @@ from raylab.corpus import digest_column, open_rows
 from raylab.encoder import choose_device, embed, load_encoder
 from raylab.evaluation import embed_rows, list_draws, score_draws
 from raylab.mistakes import JobError
-from raylab.preparation import Preparation, make_spec, prepare
+from raylab.preparation import Preparation, find_last_rung, make_spec, prepare
 from raylab.search import read_values
 from raylab.specs import Job, TrialSpec
-from raylab.stages import FOLDER, Stage, open_stage, read_info
-from raylab.tables import list_trials, now, read_rows, write_rows
+from raylab.stages import FOLDER, Stage, read_info
+from raylab.tables import list_trials, now, write_rows
 from raylab.tokens import Vocabulary, open_tokens, store_tokens
 
 
@@ -62,21 +61,13 @@ def _spec(preparation: Preparation, row: dict[str, Any]) -> TrialSpec:
     return spec
 
 
-def _last_rung(results: Path, spec: TrialSpec) -> Stage:
-    """The stage at the end of the budget: not always the last listed, as more rungs can be asked for later."""
-    end = None if spec.settings.pretrain.objective == "none" else "1/1"
-    for row in reversed(read_rows(results, spec.job, "stages", spec.trial_id)):
-        folder = open_stage(results, row["stage_id"]) if row["kind"] == "pretrain" else None
-        if folder is not None and json.loads((folder / "stage.json").read_text())["key"].get("until") == end:
-            return Stage("pretrain", row["stage_id"], folder, True, 0.0, {})
-    root = results / FOLDER
-    raise JobError([f"unseal: the encoder of {spec.trial_id} is gone from {root}; run the job again"])
-
-
 def score_test(preparation: Preparation, spec: TrialSpec, row: dict[str, Any]) -> list[dict[str, Any]]:
     """Scores of a trial's last rung on the test rows, with classifiers from the same draws as on validation."""
     results, root = preparation.results, preparation.results / FOLDER
-    stage = _last_rung(results, spec)
+    folder = find_last_rung(results, spec.job, spec.trial_id)
+    if folder is None:
+        raise JobError([f"unseal: the encoder of {spec.trial_id} is gone from {root}; run the job again"])
+    stage = Stage("pretrain", folder.name, folder, True, 0.0, {})
     model, _ = load_encoder(str(stage.path / "encoder"))
     model.to(choose_device()).eval()
     split, corpus = preparation.split(spec.seed), spec.settings.corpus

@@ -441,7 +441,7 @@ def test_a_search_rebuilt_after_every_trial_is_complete_and_repeats_nothing(make
     if design == "grid":
         search["space"] = CONDITIONAL | {"pretrain.learning_rate": [1e-4], "pretrain.weight_decay": [0.1]}
     else:
-        search |= {"num_arms": 7, "targets": [TARGET], "confirm": {"top": 2, "seeds": [5, 6]}}
+        search |= {"num_arms": 5, "targets": [TARGET], "confirm": {"top": 2, "seeds": [5]}}
     changes = {"search": search, "pretrain.declutr.min_document_length": 150}
 
     def measure(request):
@@ -469,7 +469,7 @@ def test_a_search_rebuilt_after_every_trial_is_complete_and_repeats_nothing(make
     assert broken.list_done() == sorted({(r.arm, r.seed, r.phase) for r in whole.requests})
     assert broken.list_done() == whole.list_done()
     if design != "grid":
-        assert len(broken.list_done()) in (7 * 2 + 2 * 2, 7 * 2 + 3 * 2)
+        assert len(broken.list_done()) in (5 * 2 + 2, 5 * 2 + 3)
 
 
 def test_a_long_random_search_goes_on_after_a_break(make_driver):
