@@ -156,12 +156,16 @@ def _interval(value: Any, signed: bool = False) -> str:
 def _print_ranking(job: Any, results: Path, split: str = "validation") -> None:
     """Arms by cell on stdout: value, difference to the base arm, held-out measures."""
     from raylab.preparation import name_point, prepare
-    from raylab.ranking import list_cells, rank_arms, summarise_heldout
+    from raylab.ranking import label_arms, list_cells, rank_arms, summarise_heldout
+    from raylab.search import is_current
+    from raylab.tables import list_trials
 
-    base, _ = name_point(prepare(job, results), {})
-    heldout = summarise_heldout(results, job)
+    preparation = prepare(job, results)
+    base, _ = name_point(preparation, {})
+    rows = {row["arm"]: row for row in list_trials(results, job.name)}
+    arms = {arm for arm, row in rows.items() if is_current(job, row, lambda v: name_point(preparation, v)[0])} | {base}
     for table, cell, mode in list_cells(job):
-        ranked = rank_arms(results, job, table, cell, mode, base, split)
+        ranked = rank_arms(results, job, table, cell, mode, base, split, arms)
         if not ranked:
             continue
         named = ", ".join(f"{k}={v}" for k, v in cell.items() if v is not None)
@@ -174,16 +178,18 @@ def _print_ranking(job: Any, results: Path, split: str = "validation") -> None:
                 row.arm, row.label, _interval(row.value), _interval(row.difference, True) if row.difference else ""
             )
         output.print(grid)
+    heldout = {arm: found for arm, found in summarise_heldout(results, job).items() if arm in arms}
     if heldout and split == "validation":
-        grid = Grid(title="held-out pre-training measures, validation documents, all seeds")
-        columns = {"mlm_loss": "MLM loss", "unigram_entropy": "unigram entropy", "retrieval_error": "retrieval error",
-                   "retrieval_error_change": "change of it", "category_accuracy": "category accuracy"}  # fmt: skip
-        grid.add_column("arm")
-        for title in columns.values():
-            grid.add_column(title)
+        titles = {"mlm_loss": "MLM loss", "unigram_entropy": "unigram entropy", "retrieval_error": "retrieval error",
+                  "retrieval_error_change": "change of it", "category_accuracy": "category accuracy"}  # fmt: skip
+        titles = {name: title for name, title in titles.items() if any(name in found for found in heldout.values())}
+        grid = Grid(title="held-out measures at the end of pre-training, validation documents, mean over all seeds")
+        labels = label_arms(results, job)
+        for title in ("arm", "settings", *titles.values()):
+            grid.add_column(title, overflow="fold")
         for arm, measures in heldout.items():
-            cells = (_interval(measures[name], name.endswith("change")) if name in measures else "" for name in columns)
-            grid.add_row(arm, *cells)
+            cells = (_interval(measures[name], name.endswith("change")) if name in measures else "" for name in titles)
+            grid.add_row(arm, labels.get(arm, ""), *cells)
         output.print(grid)
     output.print(f'tables: {results / job.name}; ask them with: raylab query "select * from trials"', highlight=False)
 

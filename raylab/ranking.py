@@ -1,7 +1,7 @@
 """Arms side by side: means with intervals over seeds, and paired differences to the base arm on shared seeds."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from raylab.settings import resolve_target
 from raylab.specs import Job, Target
 
 CONFIDENCE = 0.95
+BASELINE = "baseline:"
 
 
 class Interval(NamedTuple):
@@ -58,13 +59,29 @@ def list_cells(job: Job) -> list[tuple[str, dict[str, Any], str]]:
 
 
 def rank_arms(
-    results: Path, job: Job, table: str, cell: dict[str, Any], mode: str, base: str, split: str = "validation"
+    results: Path,
+    job: Job,
+    table: str,
+    cell: dict[str, Any],
+    mode: str,
+    base: str,
+    split: str = "validation",
+    arms: Collection[str] | None = None,
 ) -> list[RankedArm]:
-    """The arms of a job, best mean first. Only complete trials of fixed designs and confirmations count."""
+    """The arms of a job, best mean first. Only complete trials of fixed designs and confirmations count.
+
+    `arms` leaves out what an earlier version of the job ran. Baselines are shown on the arms' seeds.
+    """
     labels = label_arms(results, job)
     by_arm: dict[str, dict[int, float]] = {}
     for row in _read_values(results, job, table, cell, split):
-        by_arm.setdefault(row.arm, {})[row.seed] = row.value
+        if arms is None or row.arm in arms or row.arm.startswith(BASELINE):
+            by_arm.setdefault(row.arm, {})[row.seed] = row.value
+    seeds = {seed for arm, values in by_arm.items() if not arm.startswith(BASELINE) for seed in values}
+    for arm in [arm for arm in by_arm if arm.startswith(BASELINE)]:
+        by_arm[arm] = {seed: value for seed, value in by_arm[arm].items() if seed in seeds}
+        if not by_arm[arm]:
+            del by_arm[arm]
     reference = by_arm.get(base, {})
     ranked = []
     for arm, values in by_arm.items():

@@ -201,6 +201,15 @@ def _is_point(job: Job, values: Values) -> bool:
     return _suggest(given, job) == values
 
 
+def is_current(job: Job, row: Mapping[str, Any], name_point: Callable[[Values], str]) -> bool:
+    """Whether a row of `trials` is of an arm of this job as it is now: else of an earlier version, or of other data."""
+    values = read_values(job, row)
+    try:
+        return (not values or _is_point(job, values)) and name_point(values) == row["arm"]
+    except JobError:
+        return False
+
+
 class Search:
     """The state of a job's search, in memory only: the tables are the record.
 
@@ -250,15 +259,9 @@ class Search:
         if not self.adaptive:
             return
         for row in rows:
-            if row["phase"] == "search" and row["arm"] not in self.arms and len(self.arms) < self.num_arms:
-                values = read_values(self.job, row)
-                try:
-                    # Else of an earlier version of the job or of its space, or of other data.
-                    if not _is_point(self.job, values) or self.name_point(values) != row["arm"]:
-                        continue
-                except JobError:
-                    continue
-                self.study.enqueue_trial(_encode_point(self.job, values))
+            known = row["phase"] != "search" or row["arm"] in self.arms or len(self.arms) >= self.num_arms
+            if not known and is_current(self.job, row, self.name_point):
+                self.study.enqueue_trial(_encode_point(self.job, read_values(self.job, row)))
                 self._ask()
 
     @property

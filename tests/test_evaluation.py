@@ -319,16 +319,3 @@ def test_fine_tuning_is_seeded_and_learns(encoder, make_spec):
 def test_freezing_too_deep_is_refused(encoder):
     with pytest.raises(InfeasibleError, match="'3' exceeds the encoder's 2 layers"):
         freeze(encoder, "3")
-
-
-def test_freezing_too_deep_is_recorded(encoder_folders, make_spec, tmp_path):
-    changes = {
-        "encoder": None,
-        "encoder.pretrained": str(encoder_folders["bert"]),
-        "pretrain": None,
-        "pretrain.objective": "none",
-        "evaluate.frozen_layers": ["3"],
-    }
-    spec = make_spec("mlm", changes, folder=tmp_path)
-    assert run_trial(spec)["status"] == "infeasible"
-    assert "exceeds the encoder's 2 layers" in read_trial(tmp_path, spec.job, spec.trial_id)["error"]
