@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+from scipy import sparse
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
@@ -32,10 +33,10 @@ def fit_majority(train_x: Any, train_y: Ints, eval_x: Any, num_classes: int) -> 
 
 def fit_tfidf(train_x: Any, train_y: Ints, eval_x: Any, num_classes: int) -> NDArray[np.float64]:
     """Logistic regression (C = 10) on TF-IDF features [n, F]; probabilities [m, num_classes]."""
-    if len(np.unique(train_y)) < 2:
-        return fit_majority(train_x, train_y, eval_x, num_classes)
     # A word that no drawn text has gets a weight of exactly 0: leaving it out changes nothing but the time.
     used = np.flatnonzero(train_x.getnnz(axis=0))
+    if len(np.unique(train_y)) < 2 or not len(used):
+        return fit_majority(train_x, train_y, eval_x, num_classes)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         model = LogisticRegression(C=TFIDF_C, max_iter=200).fit(train_x[:, used], train_y)
@@ -52,7 +53,10 @@ def count_nothing(train_texts: pa.ChunkedArray, eval_texts: pa.ChunkedArray) -> 
 def count_words(train_texts: pa.ChunkedArray, eval_texts: pa.ChunkedArray) -> tuple[Any, Any]:
     """TF-IDF features, sparse [n, F] and [m, F], of the words that two or more training texts have."""
     vectors = TfidfVectorizer(sublinear_tf=True, min_df=2, max_features=TFIDF_FEATURES)
-    return vectors.fit_transform(train_texts.to_pylist()), vectors.transform(eval_texts.to_pylist())
+    try:
+        return vectors.fit_transform(train_texts.to_pylist()), vectors.transform(eval_texts.to_pylist())
+    except ValueError:  # no word that two texts share
+        return sparse.csr_matrix((len(train_texts), 1)), sparse.csr_matrix((len(eval_texts), 1))
 
 
 FEATURES: dict[str, Callable[[pa.ChunkedArray, pa.ChunkedArray], tuple[Any, Any]]] = {

@@ -3,6 +3,7 @@
 import getpass
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from enum import StrEnum
@@ -131,7 +132,8 @@ def _run(job: Any, results: Path, address: str | None, here: bool) -> None:
     from raylab.sweep import run_job
 
     progress = SweepProgress(messages)
-    again = f"raylab resume {job.name}" + (f" --results {results}" if results != RESULTS else "")
+    given = [*(("--results", str(results)) if results != RESULTS else ()), *(("--address", address) if address else ())]
+    again = shlex.join(["raylab", "resume", job.name, *given])
     try:
         states = run_job(job, results.resolve(), progress, address=address, here=here)
     except (KeyboardInterrupt, Interrupted):
@@ -141,9 +143,13 @@ def _run(job: Any, results: Path, address: str | None, here: bool) -> None:
     finally:
         progress.stop()
     _print_ranking(job, results.resolve())
-    failed = states.get("failed", 0)
-    if failed:
-        messages.print(f"{failed} trial(s) failed; see: raylab status {job.name}. Try them again with: {again}")
+    if states.get("failed"):
+        messages.print(
+            f"{states['failed']} trial(s) failed; see: raylab status {job.name}. Try them again with: {again}"
+        )
+        raise typer.Exit(1)
+    if states and not states.keys() & {"complete", "stopped"}:
+        messages.print("no trial could work; see the errors: raylab query 'select trial_id, error from trials'")
         raise typer.Exit(1)
 
 

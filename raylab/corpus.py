@@ -256,7 +256,15 @@ def store_corpus(results: Path, split: SplitCorpus) -> Stage:
         for name, table in split.open.items():
             with pa.ipc.new_file(folder / f"{name}.arrow", table.drop_columns("text").schema) as writer:
                 writer.write_table(table.drop_columns("text").combine_chunks())
-        return {"classes": split.classes, "categories": split.categories, "supervised_by": split.supervised_by}
+        documents = split.open[DOCUMENTS]
+        digests = {"part": digest_column(documents["part"])}
+        digests |= {f"metadata:{field}": digest_column(documents[field]) for field in split.categories}
+        return {
+            "digests": digests,
+            "classes": split.classes,
+            "categories": split.categories,
+            "supervised_by": split.supervised_by,
+        }
 
     # Which column names a label was read from is not in the digest of its rows, but decides supervised_by.
     key = {"rows": split.stored_digest, "supervised_by": split.supervised_by}

@@ -76,7 +76,7 @@ def evaluate_encoder(spec: TrialSpec, stage: Stage, rung: int) -> Evaluation:
         common = {"rung": rung, "task": task, "split": "validation"}
         result.scores.extend(common | score for score in scores)
         result.geometry.extend(
-            common | value._asdict()
+            common | value._asdict() | {"value": None if np.isnan(value.value) else value.value}
             for value in measure_geometry(
                 np.asarray(x[np.searchsorted(needed, validation)]),
                 rows["label"][validation],

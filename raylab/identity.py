@@ -6,9 +6,6 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-# Read from lists and counts of evaluate, these only decide what is measured, not what an arm is.
-EVALUATION_LISTS = ("tasks", "shots", "frozen_layers", "draws", "probes")
-
 
 def canonical(value: Any) -> str:
     """JSON with sorted keys and no spaces: equal values give equal text."""

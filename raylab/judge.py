@@ -48,7 +48,11 @@ def keep_going(job: Job, results: Path, trial_id: str, values: Callable[[str, in
         direction="minimize" if target.mode == "min" else "maximize",
         pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2),
     )
-    others = [row for row in list_trials(results, job.name) if row["phase"] == "search" and row["trial_id"] != trial_id]
+    rows = [row for row in list_trials(results, job.name) if row["phase"] == "search"]
+    own = next((row for row in rows if row["trial_id"] == trial_id), None)
+    # Arms are compared on one seed and on the data as they are now.
+    alike = [row for row in rows if own and (row["seed"], row["data_digest"]) == (own["seed"], own["data_digest"])]
+    others = [row for row in alike if row["trial_id"] != trial_id]
     for name, last in [*((row["trial_id"], row["rung"]) for row in others), (trial_id, rung)]:
         replayed, verdict = study.ask(), False
         for step in range(1, last + 1):

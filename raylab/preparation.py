@@ -55,7 +55,7 @@ def prepare(job: Job, results: Path, tell: Tell = lambda what, done, total: None
 
 @dataclass(frozen=True)
 class Start:
-    """Where an encoder's weights come from: their digest, a path or name, and the texts' digest of its tokenizer."""
+    """Where an encoder's weights come from: their digest, and a path or name (None: from scratch)."""
 
     digest: str
     path: str | None
@@ -104,17 +104,8 @@ def _digest_pretrained(path: str, revision: str | None) -> str:
 
 
 def _check_start(preparation: Preparation, job: Job, start: Start) -> list[str]:
-    """Rules that an existing encoder must keep; it is loaded once to know them, and what was found is kept."""
-    assert start.path is not None
-    key = {"encoder": start.digest}
-    folder = open_stage(preparation.results, name_stage("inspect", key))
-    if folder is not None:
-        found = read_info(folder)
-    else:
-        from raylab.encoder import inspect_encoder
-
-        found = inspect_encoder(start.path, job.encoder.revision)
-        build_stage(preparation.results, "inspect", key, lambda folder: found)
+    """Rules that an existing encoder must keep."""
+    found = _inspect(preparation, job, start)
     where = "encoder.pretrained" if job.encoder.pretrained else "encoder.trial"
     if found["new_head"] and job.pretrain.objective != "none":
         preparation.notes.append(f"{where}: the encoder has no masked-language head; a new one is made and trained")
@@ -127,6 +118,20 @@ def _check_start(preparation: Preparation, job: Job, start: Start) -> list[str]:
         if depth.isdigit() and int(depth) > found["num_layers"]:
             problems.append(f"evaluate.frozen_layers: '{depth}' exceeds the encoder's {found['num_layers']} layers")
     return problems
+
+
+def _inspect(preparation: Preparation, job: Job, start: Start) -> dict[str, Any]:
+    """What `encoder.inspect_encoder` finds; kept, so that the encoder is loaded once."""
+    assert start.path is not None
+    key = {"encoder": start.digest}
+    folder = open_stage(preparation.results, name_stage("inspect", key))
+    if folder is not None:
+        return read_info(folder)
+    from raylab.encoder import inspect_encoder
+
+    found = inspect_encoder(start.path, job.encoder.revision)
+    build_stage(preparation.results, "inspect", key, lambda folder: found)
+    return found
 
 
 def find_last_rung(results: Path, job: str, trial_id: str) -> Path | None:
@@ -190,6 +195,8 @@ def make_spec(
     split = preparation.split(seed)
     start = find_start(preparation, job)
     tokenizer = _tokenizer(preparation, job, split, start)
+    if start.path is not None and tokenizer.info["size"] > _inspect(preparation, job, start)["vocab_size"]:
+        raise JobError([f"encoder: the tokenizer of {start.path} has more tokens than its encoder; mend the directory"])
     tokens = {name: _tokens(preparation, split, name, tokenizer) for name in split.open}
     return TrialSpec(
         job=job.name,
@@ -206,7 +213,7 @@ def make_spec(
         tokenizer=tokenizer.stage_id,
         encoder_digest=start.digest,
         encoder_path=start.path,
-        data_digest=digest(split.digests),
+        data_digest=digest({name: value for name, value in split.digests.items() if "metadata:" not in name}),
     )
 
 

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import duckdb
 import pyarrow as pa
-import yaml
 
 from raylab.mistakes import JobError
 from raylab.tables import SCHEMAS, list_files, read_file
@@ -89,12 +88,6 @@ def summarise_jobs(results: Path, name: str | None = None) -> list[dict[str, Any
     known = {row["job"] for row in rows}
     empty = [{"job": job, "complete": 0} for job in list_jobs(results) if job not in known and name in (None, job)]
     return rows + empty
-
-
-def read_kept_job(results: Path, name: str) -> dict[str, Any]:
-    """The kept job file as plain values."""
-    kept: dict[str, Any] = yaml.safe_load(find_job(results, name).read_text())
-    return kept
 
 
 class SeedValue(NamedTuple):

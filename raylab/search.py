@@ -22,7 +22,8 @@ from raylab.tables import list_trials, plain_value, same_measures
 
 Values = dict[str, Any]
 MOST_REPEATS = 20
-FINISHED = ("complete", "stopped", "infeasible", "failed")
+# A failed trial is run again when its job is.
+FINISHED = ("complete", "stopped", "infeasible")
 
 # Silent, warnings too: TPE's tell of conditional settings, which are meant.
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -40,7 +41,6 @@ def _make_tpe(seed: int, num_arms: int) -> optuna.samplers.BaseSampler:
         )
 
 
-# Adaptive designs ask a sampler; fixed ones list their points.
 SAMPLERS: dict[str, Callable[[int, int], optuna.samplers.BaseSampler]] = {
     "tpe": _make_tpe,
     "random": lambda seed, num_arms: optuna.samplers.RandomSampler(seed=seed),
@@ -78,7 +78,11 @@ def is_active(job: Job, name: str, values: Mapping[str, Any]) -> bool:
     loss = values.get("pretrain.metadata.loss", job.pretrain.metadata.loss)
     metadata = job.pretrain.metadata.model_copy(update={"loss": loss})
     pretrain = job.pretrain.model_copy(update={"objective": objective, "metadata": metadata})
-    chosen = job.model_copy(update={"pretrain": pretrain})
+    depths = values.get("evaluate.frozen_layers", job.evaluate.frozen_layers)
+    evaluate = job.evaluate.model_copy(
+        update={"frozen_layers": (depths,) if isinstance(depths, str) else tuple(depths)}
+    )
+    chosen = job.model_copy(update={"pretrain": pretrain, "evaluate": evaluate})
     if when := job.search.space[name].when:
         settings = list_settings(chosen) | dict(values)
         for condition, wanted in when.items():
@@ -99,6 +103,8 @@ def order_space(job: Job) -> list[str]:
             deciders.append("pretrain.objective")
         if name == "pretrain.metadata.temperature":
             deciders.append("pretrain.metadata.loss")
+        if name.startswith(("evaluate.fine_tune.", "evaluate.selection")):
+            deciders.append("evaluate.frozen_layers")
         for decider in deciders:
             add(decider, (*above, name))
         ordered.append(name)
@@ -248,7 +254,7 @@ class Search:
         self.done = {
             (row["arm"], row["phase"], row["seed"]): row
             for row in rows
-            if row["status"] in FINISHED and row["status"] != "failed" and _is_current(job, row)
+            if row["status"] in FINISHED and _is_current(job, row)
         }
         self._reopen(rows)
         for point in points:

@@ -89,7 +89,10 @@ def dump_spec(spec: TrialSpec) -> str:
 
 
 def is_read(job: Job, name: str) -> bool:
-    """Whether the objective and loss that a job has set read a setting."""
+    """Whether the objective, the loss and, where it is searched, the freeze depth that a job has set read a setting."""
+    if name.startswith(("evaluate.fine_tune.", "evaluate.selection")) and "evaluate.frozen_layers" in job.search.space:
+        fine_tuned = any(depth != "all" for depth in job.evaluate.frozen_layers)
+        return fine_tuned if name.startswith("evaluate.fine_tune.") else "all" in job.evaluate.frozen_layers
     if not name.startswith("pretrain.") or name == "pretrain.objective":
         return True
     block = name.split(".")[1]

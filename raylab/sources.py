@@ -99,8 +99,10 @@ def read_source(
     _check_rows(table, result, where, problems)
     if len(problems) > num_before:
         return None, {}
-    if table.sql is not None and table.id is not None:
-        result = result.take(pc.sort_indices(result["id"]))
+    if table.sql is not None:
+        # DuckDB gives rows in any order: by id, or by all that is read, they come in the same one each time.
+        keys = ["id"] if table.id is not None else [name for name in result.column_names if name != "id"]
+        result = result.sort_by([(name, "ascending") for name in keys])
     return result, {"rows_read": rows_read, "empty_text": empty_text, "rows": result.num_rows}
 
 

@@ -41,7 +41,9 @@ class Table(Model):
     """A table of texts: files by `path`, or a query by `sql` (DuckDB), and the columns to read."""
 
     path: str | None = Field(None, description="a file, a folder of files of one kind, or a saved Hugging Face dataset")
-    sql: str | None = Field(None, description="a DuckDB query over files; must order its rows by itself or by `id`")
+    sql: str | None = Field(
+        None, description="a DuckDB query over files; its rows are put in order by `id`, or by all columns read"
+    )
     root: str | None = Field(None, description="where relative paths in `sql` start; the job file's folder by default")
     format: Literal["csv", "jsonl", "parquet", "hf"] | None = Field(None, description="null: by the file's ending")
     text: str
@@ -207,9 +209,7 @@ class Pretrain(Model):
     accumulation: int = Field(1, ge=1, description="parts a step is cut into; contrastive negatives stay within a part")
     learning_rate: Positive = 5e-5
     weight_decay: float = Field(0.1, ge=0)
-    warmup_fraction: Fraction = Field(
-        0.1, description="share of the budget with rising learning rate; then linear decay"
-    )
+    warmup_fraction: Fraction = Field(0.1, description="share of the budget with a rising learning rate")
     max_grad_norm: Positive = 1.0
     mlm: Mlm = Mlm()
     declutr: Declutr = Declutr()

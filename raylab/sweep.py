@@ -3,24 +3,26 @@
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from raylab.baselines import score_baselines
+from raylab.corpus import SplitCorpus
 from raylab.identity import name_trial
 from raylab.jobs import dump_yaml
 from raylab.judge import decide
-from raylab.mistakes import JobError
+from raylab.mistakes import InfeasibleError, JobError
 from raylab.preparation import Preparation, make_spec, name_point, prepare
+from raylab.pretrain import make_units, open_data
 from raylab.progress import SweepProgress
 from raylab.search import Search, read_targets
 from raylab.settings import list_settings, with_settings
-from raylab.specs import Job, TrialSpec
+from raylab.specs import PARTS, Job, TrialSpec
 from raylab.tables import now, read_trial, write_rows
-from raylab.trial import run_trial
+from raylab.trial import run_trial, set_threads
 
 # Ray reads these when it is imported. Quiet; no local token file; only one trial waits beside those that run, so that
 # a sampler is not asked for arms long before they start.
@@ -29,7 +31,6 @@ ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_DEDUP_LOGS": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_MAX_PENDING_TRIALS_PG": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -46,26 +47,67 @@ def run_job(
     `address` names a running Ray cluster; `here` runs every trial in this process, for a debugger.
     """
     preparation = prepare(job, results, progress.tell)
-    name_point(preparation, {})  # the base arm must be able to run: said before anything is written
-    for note in dict.fromkeys(preparation.notes):
-        progress.note(note)
-    folder = results / job.name
-    with _only_driver(folder, job.name):
-        (folder / "job.yaml").write_text(dump_yaml(job))
-        seeds = [*job.search.seeds, *(job.search.confirm.seeds if job.search.confirm else ())]
+    name_point(preparation, {})  # the base arm must be able to run
+    seeds = [*job.search.seeds, *(job.search.confirm.seeds if job.search.confirm else ())]
+    splits = {seed: preparation.split(seed) for seed in seeds}
+    with _session(job, address, here), _only_driver(results / job.name, job.name):
+        _check_base(preparation)
+        _keep_job(results / job.name / "job.yaml", job)
+        for line in _describe_left_out(splits[seeds[0]]):
+            progress.note(line)
         memory: dict[Any, Any] = {}
         for index, seed in enumerate(seeds):
-            score_baselines(results, job, preparation.split(seed), seed, memory=memory)
+            score_baselines(results, job, splits[seed], seed, memory=memory)
             progress.tell("baselines", index + 1, len(seeds))
         search = Search(job, results, lambda values: name_point(preparation, values)[0])
         sweep = Sweep(preparation, search, progress)
         if here:
             _run_here(sweep)
         else:
-            _run_tune(sweep, address)
+            _run_tune(sweep)
         for note in dict.fromkeys(search.notes):
             progress.note(note)
     return dict(progress.states)
+
+
+@contextlib.contextmanager
+def _session(job: Job, address: str | None, here: bool) -> Iterator[None]:
+    """Ray for the time of the sweep, first of all: no work is done for a cluster that does not answer."""
+    if here:
+        yield
+        return
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    # Ray reads the environment when it is imported.
+    from raylab.tuning import ray_session
+
+    with ray_session(job, address):
+        yield
+
+
+def _check_base(preparation: Preparation) -> None:
+    """Refuses a job whose base arm no document is long enough for."""
+    job = preparation.job
+    spec = make_spec(preparation, {}, job.search.seeds[0], "fixed")
+    if job.pretrain.objective != "none":
+        try:
+            make_units(spec, open_data(spec))
+        except InfeasibleError as error:
+            raise JobError([str(error)]) from None
+
+
+def _keep_job(path: Path, job: Job) -> None:
+    scratch = path.with_name(".job.yaml")
+    scratch.write_text(dump_yaml(job))
+    os.replace(scratch, path)
+
+
+def _describe_left_out(split: SplitCorpus) -> Iterator[str]:
+    """A line a table of which rows were left out: counts, never text."""
+    for name, counts in split.counts.items():
+        left_out = {k: v for k, v in counts.items() if v and k not in ("rows", "rows_read", *PARTS)}
+        if left_out:
+            yield f"{name}: {counts['rows_read']} rows read; " + ", ".join(f"{v} {k}" for k, v in left_out.items())
 
 
 @contextlib.contextmanager
@@ -91,6 +133,7 @@ class Sweep:
     preparation: Preparation
     search: Search
     progress: SweepProgress
+    noted: set[str] = field(default_factory=set)
 
     def next_trial(self) -> TrialSpec | None:
         """The next trial; None while only running ones can bring more. Raises StopIteration at the end.
@@ -104,7 +147,13 @@ class Sweep:
             trial_id = name_trial(request.arm, request.seed)
             self.progress.start_trial(trial_id)
             try:
-                return make_spec(self.preparation, request.values, request.seed, request.phase)
+                spec = make_spec(self.preparation, request.values, request.seed, request.phase)
+                while self.preparation.notes:
+                    note = self.preparation.notes.pop(0)
+                    if note not in self.noted:
+                        self.noted.add(note)
+                        self.progress.note(note)
+                return spec
             except JobError as error:
                 self._record(trial_id, "infeasible", error.problems[0])
                 self.finish_trial(trial_id, failed=False)
@@ -136,26 +185,20 @@ class Sweep:
 
 
 def _run_here(sweep: Sweep) -> None:
-    """Every trial in this process, one after another."""
+    """Every trial in this process, one after another; an error in one is raised, for the debugger."""
+    set_threads(sweep.preparation.job.resources.cpus_per_worker)
     while True:
         try:
             spec = sweep.next_trial()
         except StopIteration:
             return
         assert spec is not None, "nothing runs beside this process"
-        failed = False
-        try:
-            run_trial(spec, decide=decide)
-        except Exception:
-            failed = True
-        sweep.finish_trial(spec.trial_id, failed=failed)
+        run_trial(spec, decide=decide)
+        sweep.finish_trial(spec.trial_id, failed=False)
 
 
-def _run_tune(sweep: Sweep, address: str | None) -> None:
-    """Every trial on Ray, started here or running at `address`."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    # Ray reads the environment when it is imported.
+def _run_tune(sweep: Sweep) -> None:
+    """Every trial on the Ray of the session."""
     from raylab.tuning import run_tune
 
-    run_tune(sweep.preparation.job, sweep.next_trial, sweep.finish_trial, address)
+    run_tune(sweep.preparation.job, sweep.next_trial, sweep.finish_trial)

@@ -1,32 +1,40 @@
 """One trial, top to bottom, with or without Ray: pre-train to a rung, evaluate, write, ask whether to go on."""
 
+import contextlib
 import functools
 import json
-import os
 import resource
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
+from threadpoolctl import threadpool_limits
 
 import raylab
 from raylab.encoder import choose_device
 from raylab.evaluation import evaluate_encoder
 from raylab.mistakes import InfeasibleError, JobError, describe_error
-from raylab.pretrain import NotFiniteError, Training, num_rungs, open_data, start_rung, train_rung
+from raylab.pretrain import (
+    measure_rung,
+    num_rungs,
+    open_data,
+    read_curves,
+    start_rung,
+    train_rung,
+)
 from raylab.settings import list_settings, resolve_target
 from raylab.specs import Job, TrialSpec
 from raylab.stages import FOLDER, Stage, read_info
 from raylab.tables import now, read_rows, read_trial, same_measures, write_rows
+from raylab.training import NotFiniteError, Training
 from raylab.world import ALONE, World
 
 Decide = Callable[[TrialSpec, int], bool]
-FINISHED = ("complete", "stopped", "infeasible")
 
 
 def go_on(spec: TrialSpec, rung: int) -> bool:
@@ -41,6 +49,7 @@ def run_trial(spec: TrialSpec, *, decide: Decide = go_on, world: World = ALONE) 
     this together; rank 0 evaluates and writes. A setting that can't work ends as infeasible, a loss that is not finite
     as failed; any other error is recorded as failed, without its message (which could quote a text), and raised.
     """
+    _reset_peak_memory()
     row = _open_row(spec)
     stages: list[Stage] = []
     started = time.perf_counter()
@@ -49,7 +58,8 @@ def run_trial(spec: TrialSpec, *, decide: Decide = go_on, world: World = ALONE) 
         elapsed = time.perf_counter() - started
         row.update(changes, status=status, updated_at=now(), peak_memory_bytes=_peak_memory())
         row["wall_seconds"] = spent[0] + elapsed
-        row["gpu_seconds"] = row["wall_seconds"] * world.size if torch.cuda.is_available() else 0.0
+        gpus = (spec.settings.resources.gpus_per_worker or 1) * world.size if torch.cuda.is_available() else 0
+        row["gpu_seconds"] = row["wall_seconds"] * gpus
         if world.rank == 0:
             _write_stages(spec, stages)
             write_rows(Path(spec.results), spec.job, "trials", spec.trial_id, [row])
@@ -74,7 +84,7 @@ def run_trial(spec: TrialSpec, *, decide: Decide = go_on, world: World = ALONE) 
 
 
 def _run_rungs(spec: TrialSpec, row: dict[str, Any], stages: list[Stage], world: World) -> Iterator[int]:
-    """Yields each rung's number once its rows are written. Rungs evaluated before are not evaluated again."""
+    """Yields each new rung's number once its rows are written; rungs done before are not measured or judged again."""
     results, done = Path(spec.results), row["rung"]
     data = open_data(spec)
     start = before = start_rung(spec, data, world)
@@ -82,32 +92,32 @@ def _run_rungs(spec: TrialSpec, row: dict[str, Any], stages: list[Stage], world:
     training: Training | None = None
     scores = [r for r in read_rows(results, spec.job, "scores", spec.trial_id) if r["rung"] <= done]
     geometry = [r for r in read_rows(results, spec.job, "geometry", spec.trial_id) if r["rung"] <= done]
+    chain: list[tuple[Stage, Stage]] = []
+    if world.rank == 0:
+        chain.append((start, measure_rung(spec, data, start, None)))
     for rung in range(1, num_rungs(spec.settings) + 1):
         if spec.settings.pretrain.objective != "none":
-            stage, training = train_rung(spec, data, start, before, rung, training, world)
-            stages.append(stage)
-            before = stage
-        if world.rank == 0 and rung > done:
+            before, training = train_rung(spec, data, start, before, rung, training, world)
+            stages.append(before)
+            if world.rank == 0:
+                chain.append((before, measure_rung(spec, data, before, training)))
+        if rung <= done:
+            continue
+        if world.rank == 0:
             found = evaluate_encoder(spec, before, rung)
-            stages.extend(found.stages)
+            stages.extend([*found.stages, *(measured for _, measured in chain)])
             scores += found.scores
             geometry += found.geometry
             write_rows(results, spec.job, "scores", spec.trial_id, scores)
             write_rows(results, spec.job, "geometry", spec.trial_id, geometry)
-            write_rows(results, spec.job, "curves", spec.trial_id, read_curves(before.path))
+            write_rows(results, spec.job, "curves", spec.trial_id, read_curves(chain))
+            row["target_values"] = compute_targets(spec.settings, scores, geometry, rung)
         info = read_info(before.path)
         row.update(
-            num_steps=info["step"], num_tokens=info["tokens"], num_documents=info["documents"], flops=info["flops"]
-        )
-        if world.rank == 0:
-            row["target_values"] = compute_targets(spec.settings, scores, geometry, rung)
+            num_steps=info["step"], num_tokens=info["tokens"], num_documents=info["documents"], flops=info["flops"],
+            effective_spans=info["spans"],
+        )  # fmt: skip
         yield rung
-
-
-def read_curves(folder: Path) -> list[dict[str, Any]]:
-    """The curve up to a rung, as kept with its checkpoint."""
-    curves: list[dict[str, Any]] = json.loads((folder / "progress.json").read_text())["curves"]
-    return curves
 
 
 def compute_targets(
@@ -140,7 +150,18 @@ def _open_row(spec: TrialSpec) -> dict[str, Any]:
         return fresh
     fresh |= {"attempts": before["attempts"] + 1, "started_at": before["started_at"]}
     if same_measures(before, settings):
-        fresh |= {"rung": before["rung"], "wall_seconds": before["wall_seconds"]}
+        kept = (
+            "rung",
+            "target_values",
+            "wall_seconds",
+            "num_steps",
+            "num_tokens",
+            "num_documents",
+            "flops",
+            "effective_spans",
+        )
+        fresh |= {name: before[name] for name in kept}
+        fresh["target_values"] = json.loads(before["target_values"] or "null")
     return fresh
 
 
@@ -168,12 +189,36 @@ def describe_device() -> str:
 def describe_code() -> str:
     """Versions that decide the numbers: raylab (and its commit, in a checkout), torch, transformers."""
     folder = Path(raylab.__file__).parent
-    found = subprocess.run(["git", "-C", str(folder), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    commit = f"+{found.stdout.strip()}" if found.returncode == 0 and (folder.parent / ".git").exists() else ""
-    return f"raylab {raylab.__version__}{commit}, torch {torch.__version__}, transformers {transformers.__version__}"
+    commit = ""
+    if (folder.parent / ".git").exists():
+        command = ["git", "-C", str(folder), "describe", "--always", "--dirty"]
+        # A machine may hold a checkout and no git.
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            commit = "+" + subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    names = ("torch", "transformers", "tokenizers", "scikit-learn")
+    return ", ".join([f"raylab {raylab.__version__}{commit}", *(f"{name} {metadata.version(name)}" for name in names)])
+
+
+def _reset_peak_memory() -> None:
+    """A process runs many trials: each one's peak is its own."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
 
 
 def _peak_memory() -> int:
+    """Bytes: of the GPU where there is one, else of the process since the trial began (off Linux: ever)."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if os.name == "posix" else 0
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def set_threads(cpus: int) -> None:
+    """As many threads as the trial has CPUs: two trials on two cores don't fight, and sums keep their order."""
+    torch.set_num_threads(cpus)
+    threadpool_limits(cpus)

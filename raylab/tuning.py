@@ -2,11 +2,11 @@
 
 import contextlib
 import logging
-import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray
@@ -17,6 +17,9 @@ from raylab.mistakes import Interrupted, JobError
 from raylab.settings import dump_spec
 from raylab.specs import Job, TrialSpec
 from raylab.workers import trial_resources, tune_trial
+
+# How often the sweep looks for living nodes.
+NODE_SECONDS = 10
 
 NextTrial = Callable[[], TrialSpec | None]
 FinishTrial = Callable[..., None]
@@ -61,11 +64,19 @@ class ArmSearcher(Searcher):
         return {}
 
 
-class InterruptWatch(tune.Callback):
-    """Notes Ctrl-C and passes it to Tune, which then ends its trials and returns."""
+class SweepWatch(tune.Callback):
+    """Notes Ctrl-C and passes it to Tune, which then ends its trials and returns; and ends a sweep without nodes."""
 
     def __init__(self) -> None:
         self.interrupted = False
+        self.looked = time.monotonic()
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Raises Interrupted where no node is left: Tune would wait for one for ever."""
+        if time.monotonic() - self.looked > NODE_SECONDS:
+            self.looked = time.monotonic()
+            if not any(node["Alive"] for node in ray.nodes()):
+                raise Interrupted
 
     def setup(self, *arguments: Any, **named: Any) -> None:
         """Wraps the handler that Tune has set by now."""
@@ -81,15 +92,38 @@ class InterruptWatch(tune.Callback):
             signal.signal(signal.SIGINT, handle)
 
 
-def run_tune(job: Job, next_trial: NextTrial, finish_trial: FinishTrial, address: str | None) -> None:
-    """Runs trials until `next_trial` raises StopIteration. Raises Interrupted on Ctrl-C, JobError without a cluster."""
-    started = not ray.is_initialized()
-    if started:
-        _start_ray(address)
-    scratch, before, watch = tempfile.mkdtemp(prefix="raylab-tune-"), signal.getsignal(signal.SIGINT), InterruptWatch()
+@contextlib.contextmanager
+def ray_session(job: Job, address: str | None) -> Iterator[None]:
+    """Ray started here, or the cluster at `address`, until the block ends.
+
+    Raises JobError where none answers, or where no trial of the job would fit.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+    try:
+        if address is None:
+            # "local": a cluster that happens to run on this machine is not ours to use.
+            ray.init(address="local", include_dashboard=False, **quiet)
+        else:
+            ray.init(address=address, **quiet)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        kind = type(error).__name__
+        raise JobError([f"--address {address}: no Ray cluster answers ({kind}); start it or correct it"]) from None
+    try:
+        trial_resources(job)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def run_tune(job: Job, next_trial: NextTrial, finish_trial: FinishTrial) -> None:
+    """Runs trials until `next_trial` raises StopIteration, inside a `ray_session`. Raises Interrupted on Ctrl-C."""
+    resources, slots = trial_resources(job)
+    scratch, before, watch = tempfile.mkdtemp(prefix="raylab-tune-"), signal.getsignal(signal.SIGINT), SweepWatch()
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     try:
-        resources, slots = trial_resources(job)
         tune.Tuner(
             tune.with_resources(tune_trial, resources),
             tune_config=tune.TuneConfig(
@@ -109,20 +143,6 @@ def run_tune(job: Job, next_trial: NextTrial, finish_trial: FinishTrial, address
         ).fit()
     finally:
         signal.signal(signal.SIGINT, before)
-        if started:
-            ray.shutdown()
         shutil.rmtree(scratch, ignore_errors=True)
     if watch.interrupted:
         raise Interrupted
-
-
-def _start_ray(address: str | None) -> None:
-    quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
-    if address is None:
-        ray.init(include_dashboard=False, num_cpus=os.cpu_count(), **quiet)
-        return
-    try:
-        ray.init(address=address, **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        kind = type(error).__name__
-        raise JobError([f"--address {address}: no Ray cluster answers ({kind}); start it or correct it"]) from None

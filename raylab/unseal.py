@@ -11,8 +11,8 @@ from raylab.corpus import digest_column, open_rows
 from raylab.encoder import choose_device, embed, load_encoder
 from raylab.evaluation import embed_rows, list_draws, score_draws
 from raylab.mistakes import JobError
-from raylab.preparation import Preparation, find_last_rung, make_spec, prepare
-from raylab.search import read_values
+from raylab.preparation import Preparation, find_last_rung, make_spec, name_point, prepare
+from raylab.search import is_current, read_values
 from raylab.specs import Job, TrialSpec
 from raylab.stages import FOLDER, Stage, read_info
 from raylab.tables import list_trials, now, write_rows
@@ -28,6 +28,10 @@ def unseal_job(
     recorded before the first score is written.
     """
     preparation = prepare(job, results)
+    base, _ = name_point(preparation, {})
+    empty = [task for task in job.evaluate.tasks or job.corpus.tasks if not len(preparation.split(0).sealed[task])]
+    if empty:
+        raise JobError([f"unseal: the split has no test rows of {', '.join(empty)}; there is nothing to score"])
     rows = [
         row
         for row in list_trials(results, job.name)
@@ -35,11 +39,17 @@ def unseal_job(
     ]
     baselines = {row["seed"] for row in rows if row["arm"].startswith("baseline:")}
     trials = [row for row in rows if not row["arm"].startswith("baseline:") and (not arms or row["arm"] in arms)]
+    if not arms:  # else of an earlier version of the job, or of other data
+        trials = [
+            row for row in trials if is_current(job, row, lambda v: name_point(preparation, v)[0]) or row["arm"] == base
+        ]
     missing = sorted(set(arms) - {row["arm"] for row in trials})
     if missing:
         raise JobError([f"unseal: arm '{arm}' has no complete ranked trial in {job.name}" for arm in missing])
     if not trials:
-        raise JobError([f"unseal: {job.name} has no complete ranked trial; run it to the end first"])
+        raise JobError(
+            [f"unseal: {job.name} has no complete ranked trial of this job and data; run it to the end first"]
+        )
     specs = [_spec(preparation, row) for row in trials]
     at = now()
     for row in trials:
@@ -76,8 +86,6 @@ def score_test(preparation: Preparation, spec: TrialSpec, row: dict[str, Any]) -
     for task in spec.settings.evaluate.tasks or corpus.tasks:
         rows, store = open_rows(root / spec.corpus, task), open_tokens(root / spec.tokens[task])
         sealed = split.sealed[task]
-        if not len(sealed):
-            continue
         sealed_tokens = store_tokens(results, sealed["text"], digest_column(sealed["text"]), tokenizer)
         sealed_store = open_tokens(sealed_tokens.path)
         draws = list(list_draws(rows, task, spec.settings.evaluate, spec.seed))

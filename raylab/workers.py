@@ -1,19 +1,19 @@
 """Where trials run: in a Tune actor, or, with several workers, under Ray Train with DistributedDataParallel."""
 
+import tempfile
 from typing import Any
 
 import ray
-import torch
 import torch.distributed as dist
 from ray import train, tune
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
-from threadpoolctl import threadpool_limits
 
 from raylab.judge import decide
+from raylab.mistakes import JobError
 from raylab.settings import dump_spec
 from raylab.specs import Job, TrialSpec
-from raylab.trial import run_trial
+from raylab.trial import run_trial, set_threads
 from raylab.world import World
 
 # A trial of several workers holds next to nothing itself: its workers are reserved by Ray Train.
@@ -27,20 +27,22 @@ def gpus_per_worker(job: Job) -> float:
 
 
 def trial_resources(job: Job) -> tuple[dict[str, float], int]:
-    """What Tune reserves for a trial, and how many trials fit on the cluster now."""
+    """What Tune reserves for a trial, and how many trials fit on the cluster now. Raises JobError where none does."""
     cluster, workers = ray.cluster_resources(), job.resources.workers
     gpus = gpus_per_worker(job)
     cpu_slots = int(cluster.get("CPU", 1) / (job.resources.cpus_per_worker * workers))
     slots = min(cpu_slots, int(cluster.get("GPU", 0) / (gpus * workers))) if gpus else cpu_slots
+    if slots < 1:
+        has = f"{cluster.get('CPU', 0):g} CPUs and {cluster.get('GPU', 0):g} GPUs"
+        raise JobError(
+            [
+                f"resources: {workers} worker(s) of {job.resources.cpus_per_worker} CPUs and {gpus:g} GPUs don't fit "
+                f"on this cluster of {has}; ask for less"
+            ]
+        )
     if workers > 1:
-        return {"CPU": COORDINATOR_CPUS}, max(1, slots)
-    return {"CPU": job.resources.cpus_per_worker, "GPU": gpus}, max(1, slots)
-
-
-def set_threads(cpus: int) -> None:
-    """As many threads as the trial has CPUs: two trials on two cores don't fight, and sums keep their order."""
-    torch.set_num_threads(cpus)
-    threadpool_limits(cpus)
+        return {"CPU": COORDINATOR_CPUS}, slots
+    return {"CPU": job.resources.cpus_per_worker, "GPU": gpus}, slots
 
 
 def tune_trial(config: dict[str, Any]) -> None:
@@ -58,13 +60,17 @@ def _train_with_workers(spec: TrialSpec) -> None:
     resources = spec.settings.resources
     gpus = gpus_per_worker(spec.settings)
     per_worker = {"CPU": resources.cpus_per_worker - COORDINATOR_CPUS} | ({"GPU": gpus} if gpus else {})
-    TorchTrainer(
-        train_worker,
-        train_loop_config={"spec": dump_spec(spec)},
-        scaling_config=ScalingConfig(num_workers=resources.workers, use_gpu=gpus > 0, resources_per_worker=per_worker),
-        torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=7200),
-        run_config=RunConfig(failure_config=FailureConfig(max_failures=0)),
-    ).fit()
+    # Ray Train wants a place that all nodes see for checkpoints; it is given none, and nothing is left behind.
+    with tempfile.TemporaryDirectory(prefix=".train-", dir=spec.results) as scratch:
+        TorchTrainer(
+            train_worker,
+            train_loop_config={"spec": dump_spec(spec)},
+            scaling_config=ScalingConfig(
+                num_workers=resources.workers, use_gpu=gpus > 0, resources_per_worker=per_worker
+            ),
+            torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=7200),
+            run_config=RunConfig(storage_path=scratch, failure_config=FailureConfig(max_failures=0)),
+        ).fit()
 
 
 def train_worker(config: dict[str, Any]) -> None:

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from conftest import OBJECTIVES as TESTED
 
 from raylab.objectives import OBJECTIVES, Batch, Learner, Totals, loss_weights
-from raylab.pretrain import load_training, make_units, open_data, start_rung, train
+from raylab.pretrain import make_units, open_data, start_rung
 from raylab.settings import OBJECTIVE_BLOCKS, dump_spec
 from raylab.specs import Pretrain, TrialSpec
+from raylab.training import load_training, train
 from raylab.world import ALONE, World
 
 # No dropout; steps of several units; losses of unequal weights; gradients are not clipped.

@@ -8,23 +8,22 @@ from conftest import OBJECTIVES
 from torch.utils.flop_counter import FlopCounterMode
 
 from raylab.objectives import Batch, Learner, Totals
+from raylab.preparation import make_spec as prepared_spec
+from raylab.preparation import prepare
 from raylab.pretrain import (
-    NotFiniteError,
-    flop_counter,
-    learning_rate,
-    load_training,
-    make_optimizer,
     make_units,
+    measure_rung,
     num_rungs,
     open_data,
+    read_curves,
     rung_budget,
     start_rung,
-    train,
     train_rung,
 )
 from raylab.specs import Pretrain
 from raylab.stages import read_info
 from raylab.tables import read_rows, read_trial
+from raylab.training import NotFiniteError, flop_counter, learning_rate, load_training, make_optimizer, train
 from raylab.trial import run_trial
 
 LONG = {"pretrain.num_tokens": 12_000, "pretrain.batch_tokens": 900, "encoder.config.dropout": 0.1}
@@ -222,10 +221,13 @@ def test_arms_of_a_seed_share_the_start(make_spec, results):
     assert starts[0] == starts[1] != start_rung(other, open_data(other)).stage_id
 
 
-def test_curves_begin_with_what_the_start_knows(make_spec):
+def test_held_out_measures_are_stages_of_their_own(make_spec):
+    """Other measures asked for train nothing again; a training in memory and one from the folder measure alike."""
     spec = make_spec("cross_entropy")
+    data = open_data(spec)
     stages = run_rungs(spec, keep=True)
-    curves = json.loads((stages[-1].path / "progress.json").read_text())["curves"]
+    measured = [measure_rung(spec, data, stage, None) for stage in stages]
+    curves = read_curves(list(zip(stages, measured, strict=True)))
     by_step = {}
     for point in curves:
         by_step.setdefault(point["step"], {})[point["metric"]] = point["value"]
@@ -234,12 +236,38 @@ def test_curves_begin_with_what_the_start_knows(make_spec):
         "heldout_mlm_accuracy",
         "heldout_retrieval_accuracy",
         "heldout_retrieval_candidates",
+        "heldout_unigram_entropy",
     }
-    assert set(by_step[0]) == held_out | {"heldout_unigram_entropy"}
+    assert set(by_step[0]) == held_out
     for stage in stages[1:]:
         assert held_out | {"heldout_category_accuracy"} <= set(by_step[stage.info["step"]])
-    assert [point["step"] for point in curves] == sorted(point["step"] for point in curves)
     assert by_step[0]["heldout_mlm_loss"] == pytest.approx(math.log(400), abs=0.5)
+    other = make_spec("cross_entropy", {"evaluate.retrieval.span": 8})
+    assert [stage.stage_id for stage in run_rungs(other, keep=True)] == [stage.stage_id for stage in stages]
+    assert measure_rung(other, data, stages[0], None).stage_id != measured[0].stage_id
+
+
+def test_other_labels_and_tasks_train_nothing_again(make_spec, make_job, results):
+    """The chain of rungs reads documents, their split and its own metadata; nothing of tasks."""
+    fewer = make_job("mlm")
+    fewer = fewer.model_copy(
+        update={"corpus": fewer.corpus.model_copy(update={"tasks": {"severity": fewer.corpus.tasks["severity"]}})}
+    )
+    alone = prepared_spec(prepare(fewer, results), {}, 0, "fixed")
+    both = make_spec("mlm")
+    assert alone.corpus != both.corpus
+    assert run_rungs(alone, keep=True)[-1].stage_id == run_rungs(both, keep=True)[-1].stage_id
+
+
+def test_effective_spans_are_recorded(make_spec, tmp_path):
+    changes = {"pretrain.declutr": {"max_span": 60, "min_span": 8, "short_documents": "shrink"}}
+    spec = make_spec("declutr", {**changes, "pretrain.batch_tokens": 2048}, folder=tmp_path)
+    row = run_trial(spec)
+    lengths = open_data(spec).store.lengths[open_data(spec).rows["part"] == 0]
+    spans = json.loads(read_trial(tmp_path, spec.job, spec.trial_id)["effective_spans"])
+    assert row["status"] == "complete"
+    assert spans["documents"] == len(lengths)
+    assert spans["shrunk"] == (lengths // 2 < 60).sum() > 0
 
 
 @pytest.mark.parametrize("objective", ["mlm", "declutr"])

@@ -20,7 +20,6 @@ from raylab.results import (
     query,
     read_cell,
     read_heldout,
-    read_kept_job,
     summarise_jobs,
 )
 from raylab.tables import SCHEMAS, write_rows
@@ -211,8 +210,7 @@ def test_kept_jobs_are_found_by_name(tmp_path: Path) -> None:
     keep_job(tmp_path, "_stages")
     assert list_jobs(tmp_path) == ["alpha", "beta"]
     assert find_job(tmp_path, "beta") == tmp_path / "beta" / "job.yaml"
-    assert read_kept_job(tmp_path, "beta") == {"name": "beta"}
-    for ask in (find_job, summarise_jobs, read_kept_job):
+    for ask in (find_job, summarise_jobs):
         with pytest.raises(JobError, match=r"no job 'gamma' under .*; jobs there: alpha, beta"):
             ask(tmp_path, "gamma")
 

@@ -40,6 +40,7 @@ EXPECTED = {
     "trials": {
         "job": "string", "trial_id": "string", "arm": "string", "phase": "string", "seed": "int64", "status": "string",
         "rung": "int64", "num_rungs": "int64", "target_values": "string", "supervised_by": "string",
+        "effective_spans": "string",
         "attempts": "int64", "wall_seconds": "double", "gpu_seconds": "double", "device": "string",
         "peak_memory_bytes": "int64", "num_steps": "int64", "num_tokens": "int64", "num_documents": "int64",
         "flops": "double", "data_digest": "string", "code_version": "string", "error": "string",

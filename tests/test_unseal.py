@@ -180,7 +180,7 @@ def test_changed_training_data_are_refused(finished, job, notes, make_job, tmp_p
         task["path"] = str(path)
     changed = type(job).model_validate_json(json.dumps(raw))
     if part == "open":
-        with pytest.raises(JobError, match="have changed"):
+        with pytest.raises(JobError, match="no complete ranked trial of this job and data"):
             unseal(changed, folder)
         assert digest_tables(folder) == before
     else:
