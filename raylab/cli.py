@@ -24,7 +24,7 @@ app = typer.Typer(
 )
 # Tables keep their shape in a pipe or file, where rich would take 80 columns.
 output = Console(width=None if sys.stdout.isatty() else 140)
-messages = Console(stderr=True)
+messages = Console(stderr=True, soft_wrap=True)
 
 ResultsOption = Annotated[Path, typer.Option("--results", help="where results are kept")]
 DataOption = Annotated[Path | None, typer.Option("--data", help="a folder that holds the corpus files, by name")]

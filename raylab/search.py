@@ -22,7 +22,6 @@ from raylab.tables import list_trials, plain_value, same_measures
 
 Values = dict[str, Any]
 MOST_REPEATS = 20
-# A failed trial is run again when its job is.
 FINISHED = ("complete", "stopped", "infeasible")
 
 # Silent, warnings too: TPE's tell of conditional settings, which are meant.
