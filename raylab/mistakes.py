@@ -31,11 +31,11 @@ class InfeasibleError(ValueError):
     """An arm that cannot work on this corpus, such as spans that no document is long enough for."""
 
 
-def describe_error(error: BaseException) -> str:
+def describe_error(error: BaseException, more: str = "--debug shows more") -> str:
     """The kind of an error and where it happened, without its message: that could quote a text."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "raylab" in f.filename]
     place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
-    return f"{type(error).__name__}{place}; --debug shows more"
+    return f"{type(error).__name__}{place}; {more}"
 
 
 def explain(error: ValidationError, within: typing.Sequence[Any] = ()) -> list[str]:

@@ -88,6 +88,8 @@ def _digest_pretrained(path: str, revision: str | None) -> str:
     if Path(path).is_dir():
         if not (Path(path) / "config.json").is_file():
             raise JobError([f"encoder.pretrained: '{path}' holds no config.json; name a Hugging Face model directory"])
+        if revision is not None:
+            raise JobError([f"encoder.revision: '{path}' is a directory and has none; leave it out"])
         return digest_folder(Path(path))
     from transformers import AutoConfig
 

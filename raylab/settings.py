@@ -167,6 +167,8 @@ def check_settings(job: Job) -> list[str]:
         )
     if job.evaluate.retrieval.span > longest:
         problems.append(f"evaluate.retrieval.span: at most {longest} with corpus.max_length {job.corpus.max_length}")
+    if pretrain.objective == "mlm" and pretrain.mlm.weight == 0:
+        problems.append("pretrain.mlm.weight: 0 leaves objective mlm nothing to learn; use objective none, or raise it")
     if pretrain.objective != "none":
         if pretrain.num_tokens < pretrain.rungs * pretrain.batch_tokens:
             problems.append(

@@ -101,8 +101,8 @@ def read_source(
         return None, {}
     if table.sql is not None:
         # DuckDB gives rows in any order: by id, or by all that is read, they come in the same one each time.
-        keys = ["id"] if table.id is not None else [name for name in result.column_names if name != "id"]
-        result = result.sort_by([(name, "ascending") for name in keys])
+        order = ["id"] if table.id is not None else [name for name in result.column_names if name != "id"]
+        result = result.sort_by([(name, "ascending") for name in order])
     return result, {"rows_read": rows_read, "empty_text": empty_text, "rows": result.num_rows}
 
 

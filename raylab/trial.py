@@ -78,7 +78,7 @@ def run_trial(spec: TrialSpec, *, decide: Decide = go_on, world: World = ALONE) 
     except NotFiniteError as error:
         record("failed", error=str(error))
     except Exception as error:
-        record("failed", error=describe_error(error))
+        record("failed", error=describe_error(error, "'raylab run JOB.yaml --here --debug' shows more"))
         raise
     return row
 

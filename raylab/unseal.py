@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from raylab.baselines import score_baselines
+from raylab.baselines import BASELINES, score_baselines
 from raylab.corpus import digest_column, open_rows
 from raylab.encoder import choose_device, embed, load_encoder
 from raylab.evaluation import embed_rows, list_draws, score_draws
@@ -51,15 +51,18 @@ def unseal_job(
             [f"unseal: {job.name} has no complete ranked trial of this job and data; run it to the end first"]
         )
     specs = [_spec(preparation, row) for row in trials]
-    at = now()
-    for row in trials:
+    at, seeds = now(), sorted({row["seed"] for row in trials} & baselines)
+    for trial_id in [
+        *(row["trial_id"] for row in trials),
+        *(f"baseline:{name}-{s}" for name in BASELINES for s in seeds),
+    ]:
         record = {"at": at, "by": by, "reason": reason}
-        write_rows(results, job.name, "unseals", row["trial_id"], [record], f".{at:%Y%m%dT%H%M%S%f}")
+        write_rows(results, job.name, "unseals", trial_id, [record], f".{at:%Y%m%dT%H%M%S%f}")
     for index, (spec, row) in enumerate(zip(specs, trials, strict=True)):
         scores = score_test(preparation, spec, row)
         write_rows(results, job.name, "scores", row["trial_id"], scores, ".test")
         tell(f"unsealed {index + 1}/{len(trials)} {row['trial_id']}")
-    for seed in sorted({row["seed"] for row in trials} & baselines):
+    for seed in seeds:
         score_baselines(results, job, preparation.split(seed), seed, sealed=True)
     return [row["trial_id"] for row in trials]
 

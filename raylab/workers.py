@@ -1,5 +1,6 @@
 """Where trials run: in a Tune actor, or, with several workers, under Ray Train with DistributedDataParallel."""
 
+import os
 import tempfile
 from typing import Any
 
@@ -45,9 +46,16 @@ def trial_resources(job: Job) -> tuple[dict[str, float], int]:
     return {"CPU": job.resources.cpus_per_worker, "GPU": gpus}, slots
 
 
+def _hide_gpus(spec: TrialSpec) -> None:
+    """A trial that asked for no GPU sees none: whether Ray hides them differs between its versions."""
+    if spec.settings.resources.gpus_per_worker == 0:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def tune_trial(config: dict[str, Any]) -> None:
     """Tune's trainable: one trial from its spec."""
     spec = TrialSpec.model_validate_json(config["spec"])
+    _hide_gpus(spec)
     if spec.settings.resources.workers > 1:
         _train_with_workers(spec)
     else:
@@ -76,6 +84,7 @@ def _train_with_workers(spec: TrialSpec) -> None:
 def train_worker(config: dict[str, Any]) -> None:
     """One of a trial's workers; all of them run the same trial, rank 0 evaluates and writes."""
     spec = TrialSpec.model_validate_json(config["spec"])
+    _hide_gpus(spec)
     set_threads(spec.settings.resources.cpus_per_worker)
     context = train.get_context()
 

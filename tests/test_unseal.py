@@ -86,13 +86,11 @@ def test_all_ranked_trials_are_scored(finished, job):
 def test_every_access_is_recorded(finished, job):
     folder, _, trials, arm, _ = finished
     rows = query(folder, 'select trial_id, "by", reason, "at" from unseals order by "at", trial_id').to_pylist()
-    assert [(row["trial_id"], row["by"], row["reason"]) for row in rows[:4]] == [
-        (trial, "me", "paper") for trial in sorted(trials)
-    ]
-    assert [(row["trial_id"], row["by"], row["reason"]) for row in rows[4:]] == [
-        (f"{arm}-{seed}", "you", "once more") for seed in (0, 1)
-    ]
-    assert rows[0]["at"] < rows[4]["at"]
+    seen = [(row["trial_id"], row["by"], row["reason"]) for row in rows]
+    baselines = [f"baseline:{name}-{seed}" for name in ("majority", "tfidf") for seed in (0, 1)]
+    assert seen[:8] == [(trial, "me", "paper") for trial in sorted([*trials, *baselines])]
+    assert seen[8:] == [(trial, "you", "once more") for trial in sorted([f"{arm}-0", f"{arm}-1", *baselines])]
+    assert rows[0]["at"] < rows[8]["at"]
 
 
 def test_what_was_there_is_untouched(finished):
