@@ -195,8 +195,9 @@ def describe_code() -> str:
         # A machine may hold a checkout and no git.
         with contextlib.suppress(OSError, subprocess.CalledProcessError):
             commit = "+" + subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    names = ("torch", "transformers", "tokenizers", "scikit-learn")
-    return ", ".join([f"raylab {raylab.__version__}{commit}", *(f"{name} {metadata.version(name)}" for name in names)])
+    names = ("transformers", "tokenizers", "scikit-learn")
+    versions = [f"{name} {metadata.version(name)}" for name in names]
+    return ", ".join([f"raylab {raylab.__version__}{commit}", f"torch {torch.__version__}", *versions])
 
 
 def _reset_peak_memory() -> None:

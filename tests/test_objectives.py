@@ -25,6 +25,7 @@ EXACT = {
     "pretrain.mlm": {"weight": 0.5},
 }
 NUM_STEPS = 3
+IN_PARTS = ("mlm", "declutr", "supervised_contrastive")
 
 
 def test_every_objective_is_tested():
@@ -179,9 +180,10 @@ def run_worker(rank, folder, specs):
 
 @pytest.fixture(scope="module")
 def two_workers(make_spec, tmp_path_factory):
-    """What two workers make of each objective; of mlm also with two parts a step."""
+    """What two workers make of each objective; of some also with two parts a step, where negatives stay in a part."""
     specs = {name: make_spec(name, EXACT) for name in TESTED}
-    specs["mlm in parts"] = make_spec("mlm", {**EXACT, "pretrain.accumulation": 2})
+    for name in IN_PARTS:
+        specs[f"{name} in parts"] = make_spec(name, {**EXACT, "pretrain.accumulation": 2})
     for spec in specs.values():
         start_rung(spec, open_data(spec))
     folder = tmp_path_factory.mktemp("workers")
@@ -202,7 +204,7 @@ def assert_same_training(ours, theirs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*TESTED, "mlm in parts"])
+@pytest.mark.parametrize("name", [*TESTED, *(f"{name} in parts" for name in IN_PARTS)])
 def test_two_workers_equal_one(name, two_workers):
     specs, (first, second) = two_workers
     alone = train_steps(make_plain(specs, name))
