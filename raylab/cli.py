@@ -71,29 +71,35 @@ def _load(path: Path, data: Path | None, overrides: list[str] | None) -> Any:
 
 
 def _print_rows(rows: Any, form: Format) -> None:
-    """Rows (an Arrow table) on stdout, in the asked format."""
+    """Rows (an Arrow table, or mappings of one set of keys) on stdout, in the asked format."""
     import pyarrow as pa
 
+    # Arrow's own conversion from Python loads pandas: only where an Arrow format is asked for.
+    listed = rows if isinstance(rows, list) else rows.to_pylist()
     if form is Format.json:
-        print(json.dumps(rows.to_pylist(), default=str, indent=1))
-    elif form is Format.csv:
+        print(json.dumps(listed, default=str, indent=1))
+        return
+    if form is Format.table:
+        names = list(listed[0]) if isinstance(rows, list) else rows.column_names
+        grid = Grid()
+        for name in names:
+            grid.add_column(name, overflow="fold")
+        for row in listed:
+            grid.add_row(*("" if row.get(name) is None else _show(row[name]) for name in names))
+        output.print(grid)
+        return
+    table = pa.Table.from_pylist(rows) if isinstance(rows, list) else rows
+    if form is Format.csv:
         import pyarrow.csv
 
-        pa.csv.write_csv(rows, sys.stdout.buffer)
+        pa.csv.write_csv(table, sys.stdout.buffer)
     elif form is Format.parquet:
         import pyarrow.parquet
 
-        pyarrow.parquet.write_table(rows, sys.stdout.buffer)
-    elif form is Format.arrow:
-        with pa.ipc.new_stream(sys.stdout.buffer, rows.schema) as writer:
-            writer.write_table(rows)
+        pyarrow.parquet.write_table(table, sys.stdout.buffer)
     else:
-        grid = Grid()
-        for name in rows.column_names:
-            grid.add_column(name, overflow="fold")
-        for row in rows.to_pylist():
-            grid.add_row(*("" if value is None else _show(value) for value in row.values()))
-        output.print(grid)
+        with pa.ipc.new_stream(sys.stdout.buffer, table.schema) as writer:
+            writer.write_table(table)
 
 
 def _show(value: Any) -> str:
@@ -207,7 +213,6 @@ def status(
     form: FormatOption = Format.table,
 ) -> None:
     """Trials by state, from the tables."""
-    import pyarrow as pa
 
     from raylab.results import summarise_jobs
 
@@ -215,7 +220,7 @@ def status(
     if not rows and form is Format.table:
         messages.print(f"no jobs under {results}")
         return
-    _print_rows(pa.Table.from_pylist(rows), form)
+    _print_rows(rows, form)
 
 
 @app.command()
@@ -226,14 +231,13 @@ def query(
     form: FormatOption = Format.table,
 ) -> None:
     """SQL over the result tables, while they are being written too."""
-    import pyarrow as pa
 
     from raylab.results import query as ask
     from raylab.tables import SCHEMAS
 
     if listing:
         columns = [{"table": t, "column": f.name, "type": str(f.type)} for t, schema in SCHEMAS.items() for f in schema]
-        _print_rows(pa.Table.from_pylist(columns), form)
+        _print_rows(columns, form)
     elif sql is None:
         raise JobError(["query: give SQL in quotes, or --list"])
     else:

@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from raylab.mistakes import JobError, explain, inner_types
+from raylab.explanations import explain, inner_types
+from raylab.mistakes import JobError
 from raylab.settings import (
     ARM_BLOCKS,
     GEOMETRY_METRICS,

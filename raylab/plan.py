@@ -12,7 +12,8 @@ from rich.table import Table as Grid
 
 from raylab.batches import describe_spans
 from raylab.corpus import DOCUMENTS, TRAIN, metadata_fields
-from raylab.mistakes import JobError, explain
+from raylab.explanations import explain
+from raylab.mistakes import JobError
 from raylab.preparation import Preparation, make_spec, name_point, prepare
 from raylab.search import Search, list_points, list_values
 from raylab.settings import OBJECTIVE_BLOCKS, with_settings

@@ -1,31 +1,37 @@
 """Reading the result tables: SQL over all jobs, states, and arms ranked. Without torch, Ray or scikit-learn."""
 
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import duckdb
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from raylab.mistakes import JobError
-from raylab.tables import SCHEMAS, list_files, read_file
+
+if TYPE_CHECKING:
+    import duckdb
 
 
-def _quote(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
-
-
-def open_tables(results: Path, sql: str | None = None) -> duckdb.DuckDBPyConnection:
+def open_tables(results: Path, sql: str | None = None) -> "duckdb.DuckDBPyConnection":
     """A DuckDB connection with one view a table over all jobs, that can reach no other file, nor write any.
 
     The rows are those of one moment. With `sql`, only the tables that it names are read. Columns are joined by name,
     so rows of older versions stay readable. Raises JobError without a results folder.
     """
-    if not results.is_dir():
-        raise JobError([f"--results {results}: no such folder; give the one that 'raylab run' wrote to"])
+    _check_folder(results)
+    import duckdb
+
+    from raylab.tables import SCHEMAS, read_file
+
     connection = duckdb.connect()
     for table, schema in SCHEMAS.items():
         if sql is None or table in sql.lower():
-            parts = [schema.empty_table(), *(read_file(path, table) for path in list_files(results, table))]
+            # Not schema.empty_table(), which loads pandas.
+            parts = [
+                pa.Table.from_batches([], schema=schema),
+                *(read_file(path, table) for path in list_files(results, table)),
+            ]
             connection.register(table, pa.concat_tables(parts, promote_options="default"))
     connection.execute("set enable_external_access=false")
     connection.execute("set lock_configuration=true")
@@ -34,6 +40,8 @@ def open_tables(results: Path, sql: str | None = None) -> duckdb.DuckDBPyConnect
 
 def query(results: Path, sql: str) -> pa.Table:
     """The answer to a query. Raises JobError where it is wrong, in one line."""
+    import duckdb
+
     try:
         answer = open_tables(results, sql).sql(sql)
     except duckdb.Error as error:
@@ -46,6 +54,12 @@ def query(results: Path, sql: str) -> pa.Table:
     except duckdb.Error as error:
         # An error in the rows themselves: its message could quote a cell.
         raise JobError([f"query: {type(error).__name__} while reading the rows; check casts and arithmetic"]) from None
+
+
+def list_files(results: Path, table: str) -> list[Path]:
+    """The files of a table over all jobs."""
+    files = sorted(results.glob(f"*/{table}/*.parquet"))
+    return [path for path in files if not path.name.startswith(".") and not path.parts[-3].startswith("_")]
 
 
 def list_jobs(results: Path) -> list[str]:
@@ -63,31 +77,46 @@ def find_job(results: Path, name: str) -> Path:
 
 
 def summarise_jobs(results: Path, name: str | None = None) -> list[dict[str, Any]]:
-    """A row a job: trials by state, arms, best search value, last failure and last change."""
+    """A row a job: trials by state, arms, their seconds, last failure and last change.
+
+    Without DuckDB, and only of the columns that it takes: people look at it often.
+    """
+    _check_folder(results)
     if name is not None:
         find_job(results, name)
-    connection = open_tables(results, "trials")
-    where = "" if name is None else f"and job = {_quote(name)}"
-    found = connection.sql(
-        f"""
-        select job,
-               count(*) filter (status = 'complete') as complete,
-               count(*) filter (status = 'running') as running,
-               count(*) filter (status = 'stopped') as stopped,
-               count(*) filter (status = 'failed') as failed,
-               count(*) filter (status = 'infeasible') as infeasible,
-               count(distinct arm) as arms,
-               round(sum(wall_seconds), 1) as trial_seconds,
-               arg_max(error, updated_at) filter (error is not null) as last_error,
-               max(updated_at) as updated_at
-        from trials where arm not like 'baseline:%' {where} group by job order by job
-        """
-    )
-    assert found is not None
-    rows: list[dict[str, Any]] = found.to_arrow_table().to_pylist()
-    known = {row["job"] for row in rows}
-    empty = [{"job": job, "complete": 0} for job in list_jobs(results) if job not in known and name in (None, job)]
-    return rows + empty
+    found: dict[str, list[dict[str, Any]]] = {job: [] for job in list_jobs(results)}
+    for path in list_files(results, "trials"):
+        job = path.parts[-3]
+        if name in (None, job):
+            columns = pq.ParquetFile(path).read(columns=STATUS_COLUMNS, use_threads=False)
+            # Times as numbers: Arrow loads pandas to make Python's times of them.
+            plain = {key: columns[key].cast("int64") if key == "updated_at" else columns[key] for key in STATUS_COLUMNS}
+            rows = zip(*(column.to_pylist() for column in plain.values()), strict=True)
+            found.setdefault(job, []).extend(dict(zip(STATUS_COLUMNS, row, strict=True)) for row in rows)
+    return [_summarise(job, rows) for job, rows in sorted(found.items()) if name in (None, job)]
+
+
+STATUS_COLUMNS = ["arm", "status", "wall_seconds", "error", "updated_at"]
+STATES = ("complete", "running", "stopped", "failed", "infeasible")
+
+
+def _summarise(job: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    trials = [row for row in rows if not row["arm"].startswith("baseline:")]
+    failures = [row for row in trials if row["error"] is not None]
+    last = max((row["updated_at"] for row in trials), default=None)
+    return {
+        "job": job,
+        **{state: sum(row["status"] == state for row in trials) for state in STATES},
+        "arms": len({row["arm"] for row in trials}),
+        "trial_seconds": round(sum(row["wall_seconds"] or 0.0 for row in trials), 1),
+        "last_error": max(failures, key=lambda row: row["updated_at"])["error"] if failures else None,
+        "updated_at": None if last is None else datetime.fromtimestamp(last / 1e6, UTC),
+    }
+
+
+def _check_folder(results: Path) -> None:
+    if not results.is_dir():
+        raise JobError([f"--results {results}: no such folder; give the one that 'raylab run' wrote to"])
 
 
 class SeedValue(NamedTuple):

@@ -7,7 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from raylab.mistakes import JobError, explain, inner_types, model_of
+from raylab.explanations import explain, inner_types, model_of
+from raylab.mistakes import JobError
 from raylab.specs import Choices, Job, Target, TrialSpec
 
 # Settings that a search space may vary. The corpus is shared by all arms, so only its cutting may differ.

@@ -34,7 +34,8 @@ Cosine = Annotated[float, Field(ge=-1, le=1)]
 class Model(BaseModel):
     """Frozen, no unknown keys, no silent conversions, no NaN."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)
+    # defer_build: `status` and `query` name these models and check no job with them.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)
 
 
 class Table(Model):

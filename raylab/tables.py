@@ -9,8 +9,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from raylab.explanations import inner_types
 from raylab.identity import canonical
-from raylab.mistakes import inner_types
 from raylab.settings import SETTINGS
 
 _text, _int, _float = pa.string(), pa.int64(), pa.float64()
@@ -110,22 +110,19 @@ def read_file(path: Path, table: str) -> pa.Table:
 
     The file is opened once, so that rows are never of two versions; and without pyarrow's datasets, which load pandas.
     """
-    found, schema = pq.ParquetFile(path).read(), SCHEMAS[table]
+    # Threads cost more than they bring in files of a few rows.
+    found, schema = pq.ParquetFile(path).read(use_threads=False), SCHEMAS[table]
     if found.schema.equals(schema):
         return found
-    known = {
-        field.name: found[field.name].cast(field.type)
+    more = [field for field in found.schema if field.name not in schema.names]
+    columns = [
+        found[field.name].cast(field.type)
         if field.name in found.column_names
-        else pa.nulls(len(found), field.type)
-        for field in schema
-    }
-    return pa.table(known | {name: found[name] for name in found.column_names if name not in known})
-
-
-def list_files(results: Path, table: str) -> list[Path]:
-    """The files of a table over all jobs."""
-    files = sorted(results.glob(f"*/{table}/*.parquet"))
-    return [path for path in files if not path.name.startswith(".") and not path.parts[-3].startswith("_")]
+        else pa.chunked_array([pa.nulls(len(found), field.type)])
+        for field in (*schema, *more)
+    ]
+    # Not pa.table(): to see whether it was given a data frame, it loads pandas.
+    return pa.Table.from_arrays(columns, schema=pa.schema([*schema, *more]))
 
 
 def _read_file(path: Path, table: str) -> list[dict[str, Any]]:

@@ -182,6 +182,12 @@ def test_an_error_in_the_rows_quotes_no_cell(tmp_path: Path) -> None:
     assert "SECRET" not in str(caught.value)
 
 
+UNSTARTED = {
+    "job": "unstarted", "complete": 0, "running": 0, "stopped": 0, "failed": 0, "infeasible": 0, "arms": 0,
+    "trial_seconds": 0.0, "last_error": None, "updated_at": None,
+}  # fmt: skip
+
+
 def test_states_are_counted_by_job(tmp_path: Path) -> None:
     for number, status in enumerate(["complete", "complete", "running", "stopped", "failed", "failed", "infeasible"]):
         errors = {"error": f"error {number}"} if status == "failed" else {}
@@ -199,9 +205,9 @@ def test_states_are_counted_by_job(tmp_path: Path) -> None:
     }  # fmt: skip
     assert rows["it's"]["complete"] == 1
     assert rows["it's"]["last_error"] is None
-    assert rows["unstarted"] == {"job": "unstarted", "complete": 0}
+    assert rows["unstarted"] == UNSTARTED
     assert [row["job"] for row in summarise_jobs(tmp_path, "it's")] == ["it's"]
-    assert summarise_jobs(tmp_path, "unstarted") == [{"job": "unstarted", "complete": 0}]
+    assert summarise_jobs(tmp_path, "unstarted") == [UNSTARTED]
 
 
 def test_kept_jobs_are_found_by_name(tmp_path: Path) -> None:
