@@ -13,10 +13,11 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
+from raylab.blocks import PARTS
 from raylab.corpus import TEST, TRAIN, VALIDATION, SplitCorpus, digest_column
 from raylab.evaluation import list_draws
 from raylab.scores import compute_scores
-from raylab.specs import PARTS, Job
+from raylab.specs import Job
 from raylab.stages import Stage, build_stage
 from raylab.tables import now, write_rows
 

@@ -10,11 +10,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from raylab.blocks import Corpus, Declutr, Pretrain
 from raylab.masks import mask_tokens
 from raylab.mistakes import InfeasibleError
 from raylab.noise import derive_seed
 from raylab.spans import Spans, effective_spans, sample_spans
-from raylab.specs import Corpus, Declutr, Pretrain
 from raylab.tokens import TokenStore, Vocabulary
 
 Ints = NDArray[np.int64]

@@ -10,11 +10,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from raylab.blocks import PARTS, Corpus
 from raylab.identity import digest
 from raylab.mistakes import JobError
 from raylab.noise import derive_seed
 from raylab.sources import read_source
-from raylab.specs import PARTS, Corpus, Job
+from raylab.specs import Job
 from raylab.stages import Stage, build_stage
 
 TRAIN, VALIDATION, TEST = range(3)

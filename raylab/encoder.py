@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModelForMaskedLM, RobertaConfig, Robert
 from transformers.utils import logging as transformers_logging
 
 from raylab.batches import cut_pieces, pad_rows, slice_piece
+from raylab.blocks import EncoderConfig
 from raylab.mistakes import JobError
-from raylab.specs import EncoderConfig
 from raylab.tokens import TokenStore, Vocabulary
 
 # Shapes: B texts, T tokens, D hidden size, V vocabulary, S selected tokens.

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from raylab.blocks import Evaluate
 from raylab.corpus import TRAIN, VALIDATION, open_rows
 from raylab.draws import draw_shots
 from raylab.encoder import choose_device, embed, load_encoder
@@ -17,7 +18,7 @@ from raylab.identity import digest
 from raylab.noise import derive_seed
 from raylab.probes import PROBES
 from raylab.scores import compute_scores
-from raylab.specs import Evaluate, TrialSpec
+from raylab.specs import TrialSpec
 from raylab.stages import FOLDER, Stage, build_stage, read_info
 from raylab.tokens import TokenStore, Vocabulary, open_tokens
 

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from raylab.batches import Ints, cut_pieces, pad_rows, slice_piece
+from raylab.blocks import Corpus, FineTune
 from raylab.encoder import encode, pool, precision, split_layers
 from raylab.mistakes import InfeasibleError
-from raylab.specs import Corpus, FineTune
 from raylab.tokens import TokenStore, Vocabulary
 
 BATCH = 64

@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from raylab.batches import Ints, cut_pieces, pad_rows, slice_piece
+from raylab.blocks import Corpus, Retrieval
 from raylab.encoder import encode, pool, precision, predict_tokens
 from raylab.masks import mask_tokens
 from raylab.noise import derive_seed, uniforms
-from raylab.specs import Corpus, Retrieval
 from raylab.tokens import TokenStore, Vocabulary
 
 # All draws here come from this constant and the document's row: no trial's seed, no arm's settings.

@@ -8,9 +8,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from raylab.blocks import Pretrain
 from raylab.encoder import encode, pool, predict_tokens
 from raylab.losses import nt_xent, sup_con
-from raylab.specs import Pretrain
 
 # Shapes: B texts or anchors, T tokens, S selected tokens, M anchors, P positives an anchor, D hidden size.
 

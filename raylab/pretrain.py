@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 from torch import nn
 
 from raylab.batches import UNITS, Units, describe_spans
+from raylab.blocks import Pretrain
 from raylab.corpus import DOCUMENTS, TRAIN, VALIDATION, open_rows
 from raylab.encoder import build_encoder, load_encoder, save_encoder
 from raylab.heldout import compute_unigram_entropy, measure_heldout, prepare_heldout
 from raylab.noise import derive_seed
 from raylab.settings import list_settings
-from raylab.specs import Job, Pretrain, TrialSpec
+from raylab.specs import Job, TrialSpec
 from raylab.stages import FOLDER, Stage, build_stage, read_info
 from raylab.tokens import Vocabulary, open_tokens
 from raylab.training import Data, Progress, Training, load_training, save_training, train

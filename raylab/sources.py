@@ -19,7 +19,7 @@ import pyarrow.csv
 import pyarrow.dataset
 import pyarrow.json
 
-from raylab.specs import Table, Task
+from raylab.blocks import Table, Task
 
 ENDINGS = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 BLOCK_BYTES = 16 * 2**20  # a row must fit into a block, and pyarrow's own 1 MiB is too little for some records

@@ -10,6 +10,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from raylab.baselines import score_baselines
+from raylab.blocks import PARTS
 from raylab.corpus import SplitCorpus
 from raylab.identity import name_trial
 from raylab.jobs import dump_yaml
@@ -20,7 +21,7 @@ from raylab.pretrain import make_units, open_data
 from raylab.progress import SweepProgress
 from raylab.search import Search, read_targets
 from raylab.settings import list_settings, with_settings
-from raylab.specs import PARTS, Job, TrialSpec
+from raylab.specs import Job, TrialSpec
 from raylab.tables import now, read_trial, write_rows
 from raylab.trial import run_trial, set_threads
 

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from raylab.batches import Inputs, Place, Units, iterate_steps
+from raylab.blocks import Pretrain
 from raylab.encoder import choose_device, load_encoder, precision, save_encoder
 from raylab.noise import derive_seed
 from raylab.objectives import Batch, Learner, Totals, loss_weights
-from raylab.specs import Pretrain, TrialSpec
+from raylab.specs import TrialSpec
 from raylab.tokens import TokenStore, Vocabulary
 from raylab.world import ALONE, World
 

@@ -14,11 +14,11 @@ from raylab.batches import (
     piece_units,
     span_units,
 )
+from raylab.blocks import Declutr
 from raylab.mistakes import InfeasibleError
 from raylab.noise import derive_seed
 from raylab.settings import OBJECTIVE_BLOCKS
 from raylab.spans import sample_spans
-from raylab.specs import Declutr
 
 CASES = {
     "truncate": ("mlm", {}),

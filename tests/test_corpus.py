@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from raylab.blocks import Corpus
 from raylab.corpus import (
     DOCUMENTS,
     TEST,
@@ -23,7 +24,6 @@ from raylab.corpus import (
 )
 from raylab.corpus import split_corpus as split_rows
 from raylab.mistakes import JobError
-from raylab.specs import Corpus
 
 FIELDS = ["source"]
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from raylab.blocks import FineTune
 from raylab.corpus import TRAIN, VALIDATION, open_rows
 from raylab.encoder import embed, load_encoder, split_layers
 from raylab.evaluation import list_draws
@@ -14,7 +15,6 @@ from raylab.finetune import fine_tune, freeze
 from raylab.mistakes import InfeasibleError
 from raylab.pretrain import open_data, start_rung
 from raylab.scores import METRICS
-from raylab.specs import FineTune
 from raylab.stages import FOLDER, read_info
 from raylab.tables import read_rows, read_trial
 from raylab.tokens import open_tokens

@@ -8,10 +8,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import OBJECTIVES as TESTED
 
+from raylab.blocks import Pretrain
 from raylab.objectives import OBJECTIVES, Batch, Learner, Totals, loss_weights
 from raylab.pretrain import make_units, open_data, start_rung
 from raylab.settings import OBJECTIVE_BLOCKS, dump_spec
-from raylab.specs import Pretrain, TrialSpec
+from raylab.specs import TrialSpec
 from raylab.training import load_training, train
 from raylab.world import ALONE, World
 

@@ -7,6 +7,7 @@ import torch
 from conftest import OBJECTIVES
 from torch.utils.flop_counter import FlopCounterMode
 
+from raylab.blocks import Pretrain
 from raylab.objectives import Batch, Learner, Totals
 from raylab.preparation import make_spec as prepared_spec
 from raylab.preparation import prepare
@@ -20,7 +21,6 @@ from raylab.pretrain import (
     start_rung,
     train_rung,
 )
-from raylab.specs import Pretrain
 from raylab.stages import read_info
 from raylab.tables import read_rows, read_trial
 from raylab.training import NotFiniteError, flop_counter, learning_rate, load_training, make_optimizer, train

@@ -18,6 +18,7 @@ import pytest
 import typer
 import yaml
 
+from raylab.blocks import Corpus
 from raylab.cli import app, main
 from raylab.corpus import read_corpus, split_corpus
 from raylab.identity import digest
@@ -26,7 +27,7 @@ from raylab.preparation import prepare
 from raylab.results import open_tables
 from raylab.search import Search
 from raylab.settings import list_settings, with_settings
-from raylab.specs import Choices, Corpus, Job
+from raylab.specs import Choices, Job
 from raylab.tables import SCHEMAS
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,0 +1,107 @@
+"""What commands print: rows in the asked format, arms ranked; answers on stdout, messages on stderr."""
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table as Grid
+
+# Tables keep their shape in a pipe or file, where rich would take 80 columns.
+output = Console(width=None if sys.stdout.isatty() else 140)
+messages = Console(stderr=True, soft_wrap=True)
+
+
+class Format(StrEnum):
+    """How rows are printed."""
+
+    table = "table"
+    json = "json"
+    csv = "csv"
+    parquet = "parquet"
+    arrow = "arrow"
+
+
+def print_rows(rows: Any, form: Format) -> None:
+    """Rows (an Arrow table, or mappings of one set of keys) on stdout, in the asked format."""
+    import pyarrow as pa
+
+    # Arrow's own conversion from Python loads pandas: only where an Arrow format is asked for.
+    listed = rows if isinstance(rows, list) else rows.to_pylist()
+    if form is Format.json:
+        print(json.dumps(listed, default=str, indent=1))
+        return
+    if form is Format.table:
+        names = list(listed[0]) if isinstance(rows, list) else rows.column_names
+        grid = Grid()
+        for name in names:
+            grid.add_column(name, overflow="fold")
+        for row in listed:
+            grid.add_row(*("" if row.get(name) is None else _show(row[name]) for name in names))
+        output.print(grid)
+        return
+    table = pa.Table.from_pylist(rows) if isinstance(rows, list) else rows
+    if form is Format.csv:
+        import pyarrow.csv
+
+        pa.csv.write_csv(table, sys.stdout.buffer)
+    elif form is Format.parquet:
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(table, sys.stdout.buffer)
+    else:
+        with pa.ipc.new_stream(sys.stdout.buffer, table.schema) as writer:
+            writer.write_table(table)
+
+
+def _show(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _interval(value: Any, signed: bool = False) -> str:
+    sign = "+" if signed else ""
+    text = f"{value.mean:{sign}.3f}"
+    return text if value.num_seeds < 2 else f"{text} [{value.low:{sign}.3f}, {value.high:{sign}.3f}]"
+
+
+def print_ranking(job: Any, results: Path, split: str = "validation") -> None:
+    """Arms by cell on stdout: value, difference to the base arm, held-out measures."""
+    from raylab.preparation import name_point, prepare
+    from raylab.ranking import label_arms, list_cells, rank_arms, summarise_heldout
+    from raylab.search import is_current
+    from raylab.tables import list_trials
+
+    preparation = prepare(job, results)
+    base, _ = name_point(preparation, {})
+    rows = {row["arm"]: row for row in list_trials(results, job.name)}
+    arms = {arm for arm, row in rows.items() if is_current(job, row, lambda v: name_point(preparation, v)[0])} | {base}
+    for table, cell, mode in list_cells(job):
+        ranked = rank_arms(results, job, table, cell, mode, base, split, arms)
+        if not ranked:
+            continue
+        named = ", ".join(f"{k}={v}" for k, v in cell.items() if v is not None)
+        seeds = max(row.value.num_seeds for row in ranked)
+        grid = Grid(title=f"{job.name}, {split}: {named}; mean over draws and {seeds} seed(s), 95 % t interval")
+        for column in ("arm", "settings", "value", "difference to base"):
+            grid.add_column(column, overflow="fold")
+        for row in ranked:
+            grid.add_row(
+                row.arm, row.label, _interval(row.value), _interval(row.difference, True) if row.difference else ""
+            )
+        output.print(grid)
+    heldout = {arm: found for arm, found in summarise_heldout(results, job).items() if arm in arms}
+    if heldout and split == "validation":
+        titles = {"mlm_loss": "MLM loss", "unigram_entropy": "unigram entropy", "retrieval_error": "retrieval error",
+                  "retrieval_error_change": "change of it", "category_accuracy": "category accuracy"}  # fmt: skip
+        titles = {name: title for name, title in titles.items() if any(name in found for found in heldout.values())}
+        grid = Grid(title="held-out measures at the end of pre-training, validation documents, mean over all seeds")
+        labels = label_arms(results, job)
+        for title in ("arm", "settings", *titles.values()):
+            grid.add_column(title, overflow="fold")
+        for arm, measures in heldout.items():
+            cells = (_interval(measures[name], name.endswith("change")) if name in measures else "" for name in titles)
+            grid.add_row(arm, labels.get(arm, ""), *cells)
+        output.print(grid)
+    output.print(f'tables: {results / job.name}; ask them with: raylab query "select * from trials"', highlight=False)
