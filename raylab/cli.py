@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from raylab.mistakes import Interrupted, JobError
+from raylab.mistakes import JobError
 from raylab.output import Format, messages, output, print_ranking, print_rows
 
 app = typer.Typer(
@@ -71,14 +71,15 @@ def run(
 def resume(
     name: Annotated[str, typer.Argument(help="the job's name")],
     results: ResultsOption = RESULTS,
+    data: DataOption = None,
+    overrides: SetOption = None,
     address: Annotated[str | None, typer.Option(help="a running Ray cluster; else Ray starts here")] = None,
     here: Annotated[bool, typer.Option("--here", help="every trial in this process, without Ray")] = False,
 ) -> None:
     """Go on with a job from the file kept beside its results."""
-    from raylab.jobs import load_job
     from raylab.results import find_job
 
-    _run(load_job(find_job(results, name)), results, address, here)
+    _run(_load(find_job(results, name), data, overrides), results, address, here)
 
 
 def _run(job: Any, results: Path, address: str | None, here: bool) -> None:
@@ -89,22 +90,41 @@ def _run(job: Any, results: Path, address: str | None, here: bool) -> None:
     given = [*(("--results", str(results)) if results != RESULTS else ()), *(("--address", address) if address else ())]
     again = shlex.join(["raylab", "resume", job.name, *given])
     try:
-        states = run_job(job, results.resolve(), progress, address=address, here=here)
-    except (KeyboardInterrupt, Interrupted):
+        ended = run_job(job, results.resolve(), progress, address=address, here=here)
+    except KeyboardInterrupt:
         progress.stop()
         messages.print(f"interrupted; what is done is kept. Go on with: {again}", highlight=False)
         raise typer.Exit(1) from None
     finally:
         progress.stop()
     print_ranking(job, results.resolve())
-    if states.get("failed"):
+    failed = ended.states.get("failed", 0)
+    if failed:
         messages.print(
-            f"{states['failed']} trial(s) failed; see: raylab status {job.name}. Try them again with: {again}"
+            f"{failed} trial(s) failed; see: raylab status {job.name}. Try them again with: {again}", highlight=False
         )
+    if ended.why is not None:
+        messages.print(f"ended early: {ended.why}. What is done is kept; go on with: {again}", highlight=False)
+    if failed or (ended.why is not None and not ended.by_limit):
         raise typer.Exit(1)
-    if states and not states.keys() & {"complete", "stopped"}:
+    if ended.states and not ended.states.keys() & {"complete", "stopped"}:
         messages.print("no trial could work; see the errors: raylab query 'select trial_id, error from trials'")
         raise typer.Exit(1)
+
+
+@app.command()
+def stop(
+    name: Annotated[str, typer.Argument(help="the job's name")],
+    results: ResultsOption = RESULTS,
+    now: Annotated[bool, typer.Option("--now", help="at once; what ran since the last rung is done again")] = False,
+) -> None:
+    """Have a running job stop: trials end after their rung, or at once."""
+    from raylab.driver import request_stop
+    from raylab.results import find_job
+
+    find_job(results, name)
+    request_stop(results, name, now)
+    messages.print(f"{name}: asked to stop {'at once' if now else 'after the rungs that run'}", highlight=False)
 
 
 @app.command()

@@ -143,7 +143,7 @@ def find_last_rung(results: Path, job: str, trial_id: str) -> Path | None:
     """
     trial = read_trial(results, job, trial_id)
     for row in read_rows(results, job, "stages", trial_id):
-        folder = open_stage(results, row["stage_id"]) if row["kind"] == "pretrain" else None
+        folder = open_stage(results, row["stage_id"], "encoder") if row["kind"] == "pretrain" else None
         if folder is not None and trial is not None and read_info(folder)["tokens"] == trial["num_tokens"]:
             return folder
     return None

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +17,22 @@ from raylab.corpus import DOCUMENTS, TRAIN, VALIDATION, open_rows
 from raylab.encoder import build_encoder, load_encoder, save_encoder
 from raylab.heldout import compute_unigram_entropy, measure_heldout, prepare_heldout
 from raylab.noise import derive_seed
+from raylab.objectives import Learner
 from raylab.settings import list_settings
 from raylab.specs import Job, TrialSpec
-from raylab.stages import FOLDER, Stage, build_stage, read_info
+from raylab.stages import FOLDER, Stage, build_stage, find_stage, name_stage, prune_stage, read_info
 from raylab.tokens import Vocabulary, open_tokens
-from raylab.training import Data, Progress, Training, load_training, save_training, train
+from raylab.training import (
+    ENCODER,
+    OPTIMIZER,
+    Data,
+    Progress,
+    Training,
+    load_learner,
+    load_training,
+    save_training,
+    train,
+)
 from raylab.world import ALONE, World
 
 
@@ -50,16 +61,50 @@ def open_data(spec: TrialSpec) -> Data:
     )
 
 
-def start_rung(spec: TrialSpec, data: Data, world: World = ALONE) -> Stage:
-    """Rung 0: the encoder as it starts; shared by all arms of a seed, in any job."""
+class Link(NamedTuple):
+    """A rung of a pre-training by what decides it: its stage's id and key, and whether it is the last one."""
+
+    stage_id: str
+    key: dict[str, Any]
+    last: bool
+
+
+def _start_key(spec: TrialSpec) -> dict[str, Any]:
     config = spec.settings.encoder.config
-    key = {
+    return {
         "encoder": spec.encoder_digest,
         "config": config.model_dump() if config else None,
         "tokenizer": spec.tokenizer,
         "max_length": spec.settings.corpus.max_length if config else None,
         "seed": spec.seed,
     }
+
+
+def list_rungs(spec: TrialSpec) -> list[Link]:
+    """The chain of a trial's rungs, from 0, the encoder as it starts; nothing is built."""
+    pretrain, key = spec.settings.pretrain, _start_key(spec)
+    start = name_stage("pretrain", key)
+    links = [Link(start, key, pretrain.objective == "none")]
+    if pretrain.objective == "none":
+        return links
+    read = {name: value for name, value in list_settings(spec.settings).items() if name.startswith("pretrain.")}
+    del read["pretrain.rungs"]
+    for rung in range(1, pretrain.rungs + 1):
+        share = Fraction(rung, pretrain.rungs)
+        key = {
+            "start": start,
+            "pretrain": read,
+            "data": _data_key(spec),
+            "max_length": spec.settings.corpus.max_length,
+            "long_documents": spec.settings.corpus.long_documents,
+            "until": f"{share.numerator}/{share.denominator}",
+        }
+        links.append(Link(name_stage("pretrain", key), key, share == 1))
+    return links
+
+
+def start_rung(spec: TrialSpec, data: Data, world: World = ALONE, *, whole: bool = True) -> Stage:
+    """Rung 0: the encoder as it starts; shared by all arms of a seed, in any job. `whole`: not without its weights."""
 
     def build(folder: Path) -> dict[str, Any]:
         if world.rank == 0:
@@ -68,37 +113,34 @@ def start_rung(spec: TrialSpec, data: Data, world: World = ALONE) -> Stage:
             (folder / "progress.json").write_text(json.dumps(Progress().__dict__))
         return {"step": 0, "tokens": 0, "documents": 0, "flops": 0.0, "spans": None}
 
-    return build_stage(Path(spec.results), "pretrain", key, build, world)
+    return build_stage(Path(spec.results), "pretrain", _start_key(spec), build, world, needs=ENCODER if whole else None)
 
 
 def train_rung(
-    spec: TrialSpec, data: Data, start: Stage, before: Stage, rung: int, training: Training | None, world: World = ALONE
+    spec: TrialSpec,
+    data: Data,
+    chain: Sequence[Link],
+    rung: int,
+    training: Training | None,
+    world: World = ALONE,
+    *,
+    whole: bool = True,
 ) -> tuple[Stage, Training | None]:
-    """The stage of a rung, found or trained on from `before`; and the training in memory, if it ran.
+    """The stage of a rung, found or trained from the newest checkpoint before it; and the training, if it ran.
 
-    All workers of a trial call this together. Raises NotFiniteError, and InfeasibleError where no document fits.
+    `whole`: a rung whose weights were pruned is trained again. All workers of a trial call this together. Raises
+    NotFiniteError, InfeasibleError where no document fits, and BusyError where another process trains this rung.
     """
-    pretrain = spec.settings.pretrain
-    read = {name: value for name, value in list_settings(spec.settings).items() if name.startswith("pretrain.")}
-    del read["pretrain.rungs"]
-    share = Fraction(rung, pretrain.rungs)
-    key = {
-        "start": start.stage_id,
-        "pretrain": read,
-        "data": _data_key(spec),
-        "max_length": spec.settings.corpus.max_length,
-        "long_documents": spec.settings.corpus.long_documents,
-        "until": f"{share.numerator}/{share.denominator}",
-    }
+    pretrain, results = spec.settings.pretrain, Path(spec.results)
     result: list[Training] = []
 
     def build(folder: Path) -> dict[str, Any]:
+        live = training or _open_training(spec, data, chain, rung - 1, world)
         units = make_units(spec, data)
-        live = training or load_training(spec, data, before.path, resume=before.stage_id != start.stage_id)
         train(live, units, data, pretrain, spec.seed, rung_budget(pretrain, rung), world)
         result.append(live)
         if world.rank == 0:
-            save_training(live, Path(spec.results) / FOLDER / spec.tokenizer, folder)
+            save_training(live, results / FOLDER / spec.tokenizer, folder, last=chain[rung].last)
         seen = live.progress
         rows = units.row if seen.epoch else _seen_rows(units, spec, seen)
         lengths = data.store.lengths[data.rows["part"] == TRAIN]
@@ -110,31 +152,55 @@ def train_rung(
             "spans": describe_spans(lengths, pretrain.declutr) if pretrain.objective == "declutr" else None,
         }
 
-    stage = build_stage(Path(spec.results), "pretrain", key, build, world)
+    needs = ENCODER if whole else None
+    stage = build_stage(results, "pretrain", chain[rung].key, build, world, needs=needs, wait=False)
+    if world.rank == 0 and not stage.reused:
+        # Nobody goes on from the rung before any more.
+        prune_stage(results, chain[rung - 1].stage_id, [OPTIMIZER])
     return stage, (result[0] if result else None)
 
 
-def measure_rung(spec: TrialSpec, data: Data, stage: Stage, training: Training | None) -> Stage:
+def _open_training(spec: TrialSpec, data: Data, chain: Sequence[Link], rung: int, world: World) -> Training:
+    """A training that is at `rung` or, where later checkpoints are gone or damaged, before it."""
+    for at in range(rung, 0, -1):
+        path = find_stage(Path(spec.results), chain[at].stage_id, OPTIMIZER)
+        if world.broadcast(path is not None) and path is not None:
+            return load_training(spec, data, path, resume=True)
+    return load_training(spec, data, start_rung(spec, data, world).path, resume=False)
+
+
+def _open_learner(spec: TrialSpec, data: Data, chain: Sequence[Link], rung: int) -> Learner:
+    """The encoder and heads of a rung; trained again, in memory, where they were pruned."""
+    path = find_stage(Path(spec.results), chain[rung].stage_id, ENCODER)
+    if path is not None:
+        return load_learner(spec, data, path, trained=rung > 0)
+    training = _open_training(spec, data, chain, rung, ALONE)
+    if rung:
+        pretrain = spec.settings.pretrain
+        train(training, make_units(spec, data), data, pretrain, spec.seed, rung_budget(pretrain, rung))
+    return training.learner
+
+
+def measure_rung(spec: TrialSpec, data: Data, chain: Sequence[Link], rung: int, training: Training | None) -> Stage:
     """The held-out measures of a rung's encoder, as the info of a stage of their own: metric -> value.
 
     They are no part of the pre-training: other measures asked for train nothing again.
     """
     retrieval = spec.settings.evaluate.retrieval
     key = {
-        "encoder": stage.stage_id,
+        "encoder": chain[rung].stage_id,
         "data": _data_key(spec),
         "max_length": spec.settings.corpus.max_length,
         "retrieval": retrieval.model_dump(),
     }
 
     def build(folder: Path) -> dict[str, Any]:
-        started = read_info(stage.path)["step"] > 0
-        learner = (training or load_training(spec, data, stage.path, resume=started)).learner
+        learner = training.learner if training else _open_learner(spec, data, chain, rung)
         rows = np.flatnonzero(data.rows["part"] == VALIDATION)
         held_out = prepare_heldout(data.store, rows, data.categories, data.vocabulary, spec.settings.corpus, retrieval)
         train_rows = np.flatnonzero(data.rows["part"] == TRAIN)
         entropy = compute_unigram_entropy(data.store, train_rows, held_out, data.vocabulary)
-        measures = measure_heldout(learner.encoder, learner.head if started else None, held_out)
+        measures = measure_heldout(learner.encoder, learner.head if rung else None, held_out)
         return {"heldout_unigram_entropy": entropy} | measures
 
     return build_stage(Path(spec.results), "heldout", key, build)

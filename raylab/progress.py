@@ -69,6 +69,11 @@ class SweepProgress:
         if row["status"] == "failed":
             self.console.print(f"trial {row['trial_id']} failed: {row['error']}", style="red", highlight=False)
 
+    def retry_trial(self, trial_id: str, why: str) -> None:
+        """A trial goes back to those that wait."""
+        self.running -= 1
+        self.note(f"trial {trial_id}: {why}")
+
     def note(self, text: str) -> None:
         """A line about the sweep as a whole."""
         self.console.print(text, highlight=False)

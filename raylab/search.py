@@ -276,24 +276,28 @@ class Search:
         extra = (min(confirm.top, self.num_arms) + 1) * len(confirm.seeds) if confirm else 0
         return self.num_arms * len(self.job.search.seeds) + extra
 
-    def next_request(self) -> Request | None:
+    def next_request(self, held: Callable[[Request], bool] = lambda request: False) -> Request | None:
         """The next trial to run; None while only running ones can bring more. Raises StopIteration at the end."""
-        while not self.queue:
+        while True:
+            for request in self.queue:
+                if not held(request):
+                    self.queue.remove(request)
+                    self.running[f"{request.arm}-{request.seed}"] = request
+                    return request
             if self._wants_more():
                 self._ask()
-            elif self.running:
+            elif self.running or self.queue:
                 return None
             elif self.adaptive and self.job.search.confirm and not self.confirming:
                 self._confirm()
+                if not self.queue:
+                    raise StopIteration
             else:
                 raise StopIteration
-        hours = self.job.limits.hours
-        if hours is not None and time.monotonic() - self.started > hours * 3600:
-            self.notes.append(f"limits.hours: {hours} reached, no new trial was started; 'raylab resume' goes on")
-            raise StopIteration
-        request = self.queue.popleft()
-        self.running[f"{request.arm}-{request.seed}"] = request
-        return request
+
+    def retry(self, trial_id: str) -> None:
+        """Puts a running trial back in front."""
+        self.queue.appendleft(self.running.pop(trial_id))
 
     def _wants_more(self) -> bool:
         if not self.adaptive:

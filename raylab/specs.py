@@ -96,9 +96,14 @@ class Search(Model):
 
 
 class Limits(Model):
-    """When a sweep ends by itself."""
+    """When a sweep ends by itself, each trial after its rung, and what it keeps."""
 
-    hours: Positive | None = Field(None, description="no new trial starts after so many hours of this command")
+    hours: Positive | None = Field(None, description="hours of one command, counted from its start")
+    gpu_hours: Positive | None = Field(None, description="GPU hours of all the job's trials, over all commands")
+    disk_gb: Positive | None = Field(None, description="gigabytes of the job's tables and of the stages it uses")
+    checkpoints: Literal["final", "all"] = Field(
+        "final", description="kept of a finished job: every complete trial's final encoder, or those of all rungs"
+    )
 
 
 class Resources(Model):
@@ -139,3 +144,4 @@ class TrialSpec(Model):
     encoder_digest: str = Field(description="digest of the weights it starts from, or of the scratch config")
     encoder_path: str | None = Field(None, description="where those weights are: a name or directory")
     data_digest: str
+    driver: str | None = Field(None, description="token of the driver that started it; null: none is asked")

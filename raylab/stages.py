@@ -1,16 +1,18 @@
 """Shared work, kept by content: a stage is built once and found again by whatever decides its result."""
 
+import hashlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from raylab.identity import digest
+from raylab.mistakes import BusyError
 from raylab.world import ALONE, World
 
 # Raise a kind's number by hand when a change of code changes its results.
@@ -19,16 +21,19 @@ VERSIONS = {
     "corpus": 1,
     "tokenizer": 1,
     "tokens": 1,
-    "pretrain": 1,
+    "pretrain": 2,
     "heldout": 1,
     "embed": 1,
     "baseline": 1,
 }
 FOLDER = "_stages"
 
+# Stages whose bytes this process has compared with their digests, by folder and time of writing.
+_verified: set[tuple[str, int]] = set()
+
 
 class Stage(NamedTuple):
-    """A finished stage: its id and folder, whether it was found or built now, and the cost of building it now."""
+    """A finished stage: its id and folder, and whether it was found, which saves the time that building it took."""
 
     kind: str
     stage_id: str
@@ -36,6 +41,7 @@ class Stage(NamedTuple):
     reused: bool
     wall_seconds: float
     info: dict[str, Any]
+    saved_seconds: float = 0.0
 
 
 def name_stage(kind: str, key: dict[str, Any]) -> str:
@@ -43,10 +49,30 @@ def name_stage(kind: str, key: dict[str, Any]) -> str:
     return f"{kind}-{digest({'kind': kind, 'version': VERSIONS[kind], **key})}"
 
 
-def open_stage(results: Path, stage_id: str) -> Path | None:
-    """The folder of a finished stage, or None. A folder appears whole, by one rename."""
+def _read_note(path: Path) -> dict[str, Any] | None:
+    """What stands in a stage's stage.json; None where it is missing or damaged."""
+    try:
+        note = json.loads((path / "stage.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    return note if isinstance(note, dict) and {"info", "files"} <= note.keys() else None
+
+
+def open_stage(results: Path, stage_id: str, needs: str | None = None) -> Path | None:
+    """The folder of a finished stage, or None. A folder appears whole, by one rename.
+
+    None too where one of its files is missing or has another size than was written, or where `needs` names a file (or
+    the beginning of its path) that was pruned.
+    """
     path = results / FOLDER / stage_id
-    return path if (path / "stage.json").is_file() else None
+    note = _read_note(path)
+    if note is None or (needs is not None and not any(name.startswith(needs) for name in note["files"])):
+        return None
+    try:
+        whole = all(os.stat(path / name).st_size == size for name, (size, _) in note["files"].items())
+    except OSError:
+        return None
+    return path if whole else None
 
 
 def read_info(path: Path) -> dict[str, Any]:
@@ -55,40 +81,148 @@ def read_info(path: Path) -> dict[str, Any]:
     return info
 
 
+def find_stage(results: Path, stage_id: str, needs: str | None = None) -> Path | None:
+    """As `open_stage`, and every byte is compared with its digest, once a process."""
+    path = open_stage(results, stage_id, needs)
+    if path is None:
+        return None
+    mark = (str(path), (path / "stage.json").stat().st_mtime_ns)
+    if mark not in _verified:
+        note = _read_note(path)
+        if note is None or any(_digest_file(path / name) != found for name, (_, found) in note["files"].items()):
+            return None
+        _verified.add(mark)
+    return path
+
+
+def _digest_file(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _list_files(folder: Path) -> list[str]:
+    return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+
+
 def build_stage(
-    results: Path, kind: str, key: dict[str, Any], build: Callable[[Path], dict[str, Any]], world: World = ALONE
+    results: Path,
+    kind: str,
+    key: dict[str, Any],
+    build: Callable[[Path], dict[str, Any]],
+    world: World = ALONE,
+    *,
+    needs: str | None = None,
+    wait: bool = True,
 ) -> Stage:
     """Finds the stage that `key` names, or has `build(folder)` fill a folder that is then renamed into place.
 
     `build` returns plain values to keep as the stage's info. Two processes that want the same stage build it once:
-    the second waits on a file lock, which the system frees when its holder dies. All workers of a trial call this
+    the second waits on a file lock, which the system frees when its holder dies; with `wait=False` it raises BusyError
+    instead. A stage that is damaged, or lacks what `needs` names, is built again. All workers of a trial call this
     together; `build` runs on every one of them, and only rank 0 may write.
     """
     stage_id = name_stage(kind, key)
     path = results / FOLDER / stage_id
-    scratch = results / FOLDER / f".building-{stage_id}"
-    if not world.broadcast(open_stage(results, stage_id) is not None):
-        lock = FileLock(results / FOLDER / f".{stage_id}.lock")
-        if world.rank == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
+
+    def found() -> bool:
+        return bool(world.broadcast(world.rank == 0 and find_stage(results, stage_id, needs) is not None))
+
+    if not found():
+        lock = _lock(results, stage_id)
+        if not world.broadcast(world.rank != 0 or _take(lock, wait)):
+            raise BusyError(stage_id)
         try:
-            if not world.broadcast(open_stage(results, stage_id) is not None):
-                if world.rank == 0:
-                    # A builder that was killed left its half; only the lock's holder may be here.
-                    shutil.rmtree(scratch, ignore_errors=True)
-                    shutil.rmtree(path, ignore_errors=True)
-                    scratch.mkdir()
-                started = time.perf_counter()
-                info = build(scratch)
-                seconds = time.perf_counter() - started
-                if world.rank == 0:
-                    note = {"kind": kind, "key": key, "wall_seconds": seconds, "info": info}
-                    (scratch / "stage.json").write_text(json.dumps(note, indent=1, sort_keys=True))
-                    os.replace(scratch, path)
-                world.broadcast(None)
-                return Stage(kind, stage_id, path, False, seconds, info)
+            if not found():
+                return _build(path, kind, key, build, world)
         finally:
             if world.rank == 0:
                 lock.release()
-    return Stage(kind, stage_id, path, True, 0.0, read_info(path))
+    note = _read_note(path) or {}
+    return Stage(kind, stage_id, path, True, 0.0, note["info"], note["wall_seconds"])
+
+
+def _build(path: Path, kind: str, key: dict[str, Any], build: Callable[[Path], dict[str, Any]], world: World) -> Stage:
+    scratch = path.with_name(f".building-{path.name}")
+    if world.rank == 0:
+        # A builder that was killed left its half; only the lock's holder may be here.
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+    started = time.perf_counter()
+    try:
+        info = build(scratch)
+        seconds = time.perf_counter() - started
+        if world.rank == 0:
+            names = _list_files(scratch)
+            files = {name: [(scratch / name).stat().st_size, _digest_file(scratch / name)] for name in names}
+            for name in names:
+                _flush(scratch / name)
+            note = {"kind": kind, "key": key, "wall_seconds": seconds, "info": info, "files": files}
+            (scratch / "stage.json").write_text(json.dumps(note, indent=1, sort_keys=True))
+            _flush(scratch / "stage.json")
+            shutil.rmtree(path, ignore_errors=True)
+            os.replace(scratch, path)
+    except BaseException:
+        # A disk that is full stays usable.
+        if world.rank == 0:
+            shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    world.broadcast(None)
+    return Stage(kind, path.name, path, False, seconds, info)
+
+
+def _flush(path: Path) -> None:
+    """Has the system put a file on its disk: what is renamed into place after it is whole, even if power fails."""
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def _lock(results: Path, stage_id: str) -> FileLock:
+    return FileLock(results / FOLDER / f".{stage_id}.lock")
+
+
+def _take(lock: FileLock, wait: bool) -> bool:
+    Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire(timeout=-1 if wait else 0)
+    except Timeout:
+        return False
+    return True
+
+
+def is_building(results: Path, stage_id: str) -> bool:
+    """Whether some process of this machine, or of one that shares its locks, builds a stage now."""
+    lock = _lock(results, stage_id)
+    if not Path(lock.lock_file).exists():
+        return False
+    if not _take(lock, wait=False):
+        return True
+    lock.release()
+    return False
+
+
+def prune_stage(results: Path, stage_id: str, drop: Collection[str]) -> int:
+    """Deletes the files of a stage whose paths begin with one of `drop`; returns the bytes freed.
+
+    The stage stays, with its info. It is noted first: a stop in between leaves files that nothing opens.
+    """
+    path = results / FOLDER / stage_id
+    note = _read_note(path)
+    if note is None:
+        return 0
+    kept = {name: found for name, found in note["files"].items() if not name.startswith(tuple(drop))}
+    if len(kept) < len(note["files"]):
+        scratch = path / ".stage.json"
+        scratch.write_text(json.dumps(note | {"files": kept}, indent=1, sort_keys=True))
+        os.replace(scratch, path / "stage.json")
+    freed = 0
+    for name in _list_files(path):
+        if name not in kept and name != "stage.json":
+            freed += (path / name).stat().st_size
+            (path / name).unlink(missing_ok=True)
+    return freed
+
+
+def measure_stage(results: Path, stage_id: str) -> int:
+    """Bytes of a stage's files; 0 where it is not there."""
+    note = _read_note(results / FOLDER / stage_id)
+    return sum(size for size, _ in note["files"].values()) if note else 0

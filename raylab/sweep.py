@@ -2,27 +2,31 @@
 
 import contextlib
 import os
+import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from filelock import FileLock, Timeout
+from typing import Any, NamedTuple
 
 from raylab.baselines import score_baselines
 from raylab.blocks import PARTS
+from raylab.checkpoints import note_disk, prune_checkpoints
 from raylab.corpus import SplitCorpus
+from raylab.driver import claim_job, read_stop, request_stop
 from raylab.identity import name_trial
 from raylab.jobs import dump_yaml
 from raylab.judge import decide
-from raylab.mistakes import InfeasibleError, JobError
+from raylab.mistakes import BusyError, InfeasibleError, Interrupted, JobError, find_storage_problem
 from raylab.preparation import Preparation, make_spec, name_point, prepare
-from raylab.pretrain import make_units, open_data
+from raylab.pretrain import list_rungs, make_units, open_data
 from raylab.progress import SweepProgress
-from raylab.search import Search, read_targets
+from raylab.repair import repair_job
+from raylab.search import Request, Search, read_targets
 from raylab.settings import list_settings, with_settings
 from raylab.specs import Job, TrialSpec
-from raylab.tables import now, read_trial, write_rows
+from raylab.stages import is_building, open_stage
+from raylab.tables import list_trials, now, read_trial, write_rows
 from raylab.trial import run_trial, set_threads
 
 # Ray reads these when it is imported. Quiet; no local token file; only one trial waits beside those that run, so that
@@ -38,12 +42,26 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
+# How often a trial's process may die without a new rung in between, and how often its code may fail.
+MOST_DEATHS = 3
+MOST_CRASHES = 2
+# How often a driver looks for a request to stop, and how often it measures the disk; seconds.
+LOOK_SECONDS = 1
+DISK_SECONDS = 60
+
+
+class Ended(NamedTuple):
+    """How a sweep ended: its trials by state; why it ended early, if it did; and whether that is as the job asked."""
+
+    states: dict[str, int]
+    why: str | None
+    by_limit: bool
 
 
 def run_job(
     job: Job, results: Path, progress: SweepProgress, *, address: str | None = None, here: bool = False
-) -> dict[str, int]:
-    """Runs what is missing of a job and returns its trials by state. Raises JobError before any worker starts.
+) -> Ended:
+    """Runs what is missing of a job. Raises JobError before any worker starts, Interrupted on a stop at once.
 
     `address` names a running Ray cluster; `here` runs every trial in this process, for a debugger.
     """
@@ -51,24 +69,29 @@ def run_job(
     name_point(preparation, {})  # the base arm must be able to run
     seeds = [*job.search.seeds, *(job.search.confirm.seeds if job.search.confirm else ())]
     splits = {seed: preparation.split(seed) for seed in seeds}
-    with _session(job, address, here), _only_driver(results / job.name, job.name):
+    with _session(job, address, here), claim_job(results, job.name) as token:
         _check_base(preparation)
         _keep_job(results / job.name / "job.yaml", job)
-        for line in _describe_left_out(splits[seeds[0]]):
+        for line in (*repair_job(results, job.name), *_describe_left_out(splits[seeds[0]])):
             progress.note(line)
         memory: dict[Any, Any] = {}
         for index, seed in enumerate(seeds):
             score_baselines(results, job, splits[seed], seed, memory=memory)
             progress.tell("baselines", index + 1, len(seeds))
         search = Search(job, results, lambda values: name_point(preparation, values)[0])
-        sweep = Sweep(preparation, search, progress)
-        if here:
-            _run_here(sweep)
-        else:
-            _run_tune(sweep)
+        sweep = Sweep(preparation, search, progress, token)
+        with _stop_on_sigterm(results, job.name):
+            if here:
+                _run_here(sweep)
+            else:
+                _run_tune(sweep)
         for note in dict.fromkeys(search.notes):
             progress.note(note)
-    return dict(progress.states)
+        if sweep.why is None:
+            prune_checkpoints(results, job)
+        if not sweep.storage_failed:
+            note_disk(results, job.name)
+    return Ended(dict(progress.states), sweep.why, sweep.by_limit)
 
 
 @contextlib.contextmanager
@@ -84,6 +107,24 @@ def _session(job: Job, address: str | None, here: bool) -> Iterator[None]:
 
     with ray_session(job, address):
         yield
+
+
+@contextlib.contextmanager
+def _stop_on_sigterm(results: Path, name: str) -> Iterator[None]:
+    """SIGTERM, as a cluster sends it before it kills, does what `raylab stop` does; a second one stops at once."""
+
+    def handle(number: int, frame: Any) -> None:
+        request_stop(results, name, now=read_stop(results, name) is not None)
+
+    try:
+        before = signal.signal(signal.SIGTERM, handle)
+    except ValueError:  # no signal arrives outside the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _check_base(preparation: Preparation) -> None:
@@ -111,20 +152,11 @@ def _describe_left_out(split: SplitCorpus) -> Iterator[str]:
             yield f"{name}: {counts['rows_read']} rows read; " + ", ".join(f"{v} {k}" for k, v in left_out.items())
 
 
-@contextlib.contextmanager
-def _only_driver(folder: Path, name: str) -> Iterator[None]:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".driver.lock")
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise JobError([f"job {name} is being run by another process; wait for it, or stop that one first"]) from None
-    except OSError as error:
-        raise JobError([f"--results {folder.parent}: {error.strerror}; choose a folder that can be written"]) from None
-    try:
-        yield
-    finally:
-        lock.release()
+class Running(NamedTuple):
+    """A trial that was handed out: the rungs of its pre-training, and when it was."""
+
+    chain: tuple[str, ...]
+    since: float
 
 
 @dataclass
@@ -134,45 +166,144 @@ class Sweep:
     preparation: Preparation
     search: Search
     progress: SweepProgress
+    token: str
+    why: str | None = None
+    by_limit: bool = False
+    storage_failed: bool = False
     noted: set[str] = field(default_factory=set)
+    running: dict[str, Running] = field(default_factory=dict)
+    specs: dict[tuple[str, int], TrialSpec] = field(default_factory=dict)
+    deaths: dict[str, tuple[int, int]] = field(default_factory=dict)
+    crashes: dict[str, int] = field(default_factory=dict)
+    gpu_seconds: dict[str, float] = field(default_factory=dict)
+    started: float = field(default_factory=time.monotonic)
+    looked: float = float("-inf")
+    measured: float = float("-inf")
+
+    def __post_init__(self) -> None:
+        for row in list_trials(self.results, self.name):
+            self.gpu_seconds[row["trial_id"]] = row["gpu_seconds"] or 0.0
+
+    @property
+    def results(self) -> Path:
+        """The results folder."""
+        return self.preparation.results
+
+    @property
+    def name(self) -> str:
+        """The job's name."""
+        return self.preparation.job.name
 
     def next_trial(self) -> TrialSpec | None:
-        """The next trial; None while only running ones can bring more. Raises StopIteration at the end.
+        """The next trial; None while only running ones, or other jobs, can bring more. Raises StopIteration at the end.
 
-        A trial that can't work (an encoder that is gone) is recorded as infeasible and passed over.
+        Trials that share a pre-training run one after another, so that none holds a GPU to wait. A trial that can't
+        work (an encoder that is gone) is recorded as infeasible and passed over.
         """
         while True:
-            request = self.search.next_request()
+            self.look()
+            if self.why is not None:
+                raise StopIteration
+            request = self.search.next_request(self._is_held)
             if request is None:
                 return None
             trial_id = name_trial(request.arm, request.seed)
             self.progress.start_trial(trial_id)
             try:
-                spec = make_spec(self.preparation, request.values, request.seed, request.phase)
-                while self.preparation.notes:
-                    note = self.preparation.notes.pop(0)
-                    if note not in self.noted:
-                        self.noted.add(note)
-                        self.progress.note(note)
-                return spec
+                spec = self._make_spec(request)
             except JobError as error:
                 self._record(trial_id, "infeasible", error.problems[0])
-                self.finish_trial(trial_id, failed=False)
+                self._take(trial_id)
+                continue
+            except OSError as error:
+                self._halt_for_storage(error)
+                self.search.retry(trial_id)
+                continue
+            del self.specs[request.arm, request.seed]
+            chain = tuple(link.stage_id for link in list_rungs(spec))
+            self.running[trial_id] = Running(chain, time.monotonic())
+            return spec
 
-    def finish_trial(self, trial_id: str, *, failed: bool) -> None:
-        """Takes a trial's row from the tables, which are the record, into the search and the display."""
-        row = read_trial(self.preparation.results, self.preparation.job.name, trial_id)
-        if row is None or (failed and row["status"] == "running"):
-            row = self._record(trial_id, "failed", "its process died; 'raylab resume' runs it again")
+    def _make_spec(self, request: Request) -> TrialSpec:
+        key = (request.arm, request.seed)
+        if key not in self.specs:
+            spec = make_spec(self.preparation, request.values, request.seed, request.phase)
+            self.specs[key] = spec.model_copy(update={"driver": self.token})
+            while self.preparation.notes:
+                self.note(self.preparation.notes.pop(0))
+        return self.specs[key]
+
+    def _is_held(self, request: Request) -> bool:
+        """Whether a trial must wait for a pre-training that another one, of this job or of another, is doing."""
+        try:
+            spec = self._make_spec(request)
+        except (JobError, OSError):
+            return False  # told when the trial is to start
+        chain = [link.stage_id for link in list_rungs(spec)][1:]
+        if not chain or open_stage(self.results, chain[-1]) is not None:
+            return False
+        if any(chain[-1] in other.chain for other in self.running.values()):
+            return True
+        return any(is_building(self.results, stage_id) for stage_id in chain)
+
+    def finish_trial(self, trial_id: str, end: str) -> None:
+        """Takes the end of a trial: `done` (its row says how), `waiting`, `died` or `crashed`, or why files fail.
+
+        A trial whose process died goes on from its last rung, one whose code failed is tried once more; the tables are
+        the record. One that can't write ends the sweep: it is no fault of the trial.
+        """
+        self.running.pop(trial_id, None)
+        try:
+            row = read_trial(self.results, self.name, trial_id)
+            if end == "waiting":
+                self._retry(trial_id, "another process trains what it needs")
+            elif end == "superseded":
+                raise Interrupted
+            elif end not in ("done", "died"):
+                self._halt(f"the results can't be written ({end}); mend that")
+                self.storage_failed = True
+                self._retry(trial_id, end)
+            elif end == "died" and self._may_try_again(trial_id, row):
+                self._retry(trial_id, "its process died" if row is None or row["error"] is None else row["error"])
+            elif end == "done" and row is not None and row["status"] == "running":
+                self.looked = float("-inf")  # it saw a request to stop that this process may not have seen yet
+                self._retry(trial_id, "stopped after its rung")
+            else:
+                if row is None or row["status"] == "running":
+                    self._record(
+                        trial_id, "failed", f"its process died {MOST_DEATHS} times without a new rung; out of memory?"
+                    )
+                self._take(trial_id)
+        except OSError as error:
+            self._halt_for_storage(error)
+
+    def _may_try_again(self, trial_id: str, row: dict[str, Any] | None) -> bool:
+        if row is not None and row["status"] == "failed":
+            self.crashes[trial_id] = self.crashes.get(trial_id, 0) + 1
+            return self.crashes[trial_id] < MOST_CRASHES
+        rung = row["rung"] if row else 0
+        before, count = self.deaths.get(trial_id, (rung, 0))
+        self.deaths[trial_id] = (rung, count + 1 if rung == before else 1)
+        return self.deaths[trial_id][1] < MOST_DEATHS
+
+    def _retry(self, trial_id: str, why: str) -> None:
+        self.search.retry(trial_id)
+        self.progress.retry_trial(trial_id, why)
+
+    def _take(self, trial_id: str) -> None:
+        """A trial's last row goes into the search and the display."""
+        row = read_trial(self.results, self.name, trial_id)
+        assert row is not None
+        self.gpu_seconds[trial_id] = row["gpu_seconds"] or 0.0
         self.search.finish(trial_id, row)
         values = read_targets(row)
         self.progress.finish_trial(row, values[0] if values else None, self.search.sign, self.search.num_planned)
 
-    def _record(self, trial_id: str, status: str, error: str) -> dict[str, Any]:
+    def _record(self, trial_id: str, status: str, error: str) -> None:
         """Writes what became of a trial that could not do it itself."""
-        results, job, request = self.preparation.results, self.preparation.job, self.search.running[trial_id]
-        known = read_trial(results, job.name, trial_id) or {
-            **list_settings(with_settings(job, request.values)),
+        request = self.search.running[trial_id]
+        known = read_trial(self.results, self.name, trial_id) or {
+            **list_settings(with_settings(self.preparation.job, request.values)),
             "arm": request.arm,
             "phase": request.phase,
             "seed": request.seed,
@@ -181,8 +312,56 @@ class Sweep:
             "started_at": now(),
         }
         row = known | {"trial_id": trial_id, "status": status, "error": error, "updated_at": now()}
-        write_rows(results, job.name, "trials", trial_id, [row])
-        return row
+        write_rows(self.results, self.name, "trials", trial_id, [row])
+
+    def note(self, line: str) -> None:
+        """A line about the sweep, told once."""
+        if line not in self.noted:
+            self.noted.add(line)
+            self.progress.note(line)
+
+    def look(self) -> None:
+        """Ends the sweep where it was asked to stop or has reached a limit. Raises Interrupted for a stop at once."""
+        clock = time.monotonic()
+        if clock - self.looked < LOOK_SECONDS:
+            return
+        self.looked = clock
+        stop = read_stop(self.results, self.name)
+        if stop == "now":
+            raise Interrupted
+        if self.why is not None:
+            return
+        if stop == "rung":
+            self._halt("it was asked to stop")
+            return
+        limits = self.preparation.job.limits
+        if limits.hours is not None and clock - self.started > limits.hours * 3600:
+            self._halt(f"limits.hours: {limits.hours:g} reached", by_limit=True)
+        spent = (sum(self.gpu_seconds.values()) + self._running_gpu_seconds(clock)) / 3600
+        if limits.gpu_hours is not None and spent > limits.gpu_hours:
+            self._halt(f"limits.gpu_hours: {spent:.2f} of {limits.gpu_hours:g} used", by_limit=True)
+        if limits.disk_gb is not None and clock - self.measured > DISK_SECONDS:
+            self.measured = clock
+            disk = note_disk(self.results, self.name)
+            used = (disk["tables_bytes"] + disk["stages_bytes"]) / 1e9
+            if used > limits.disk_gb:
+                self._halt(f"limits.disk_gb: {used:.2f} of {limits.disk_gb:g} used", by_limit=True)
+
+    def _running_gpu_seconds(self, clock: float) -> float:
+        resources = self.preparation.job.resources
+        gpus = (resources.gpus_per_worker or 0.0) * resources.workers
+        return gpus * sum(clock - other.since for other in self.running.values())
+
+    def _halt(self, why: str, *, by_limit: bool = False) -> None:
+        """No trial starts any more, and those that run end after their rung."""
+        self.why, self.by_limit = why, by_limit
+        self.note(f"{why}: no new trial is started, those that run end after their rung")
+        with contextlib.suppress(OSError, JobError):
+            request_stop(self.results, self.name, now=False)
+
+    def _halt_for_storage(self, error: OSError) -> None:
+        self._halt(f"the results can't be written ({find_storage_problem(error) or type(error).__name__}); mend that")
+        self.storage_failed = True
 
 
 def _run_here(sweep: Sweep) -> None:
@@ -193,13 +372,18 @@ def _run_here(sweep: Sweep) -> None:
             spec = sweep.next_trial()
         except StopIteration:
             return
-        assert spec is not None, "nothing runs beside this process"
-        run_trial(spec, decide=decide)
-        sweep.finish_trial(spec.trial_id, failed=False)
+        if spec is None:  # another job trains what all that is left needs
+            time.sleep(LOOK_SECONDS)
+            continue
+        try:
+            run_trial(spec, decide=decide)
+            sweep.finish_trial(spec.trial_id, "done")
+        except BusyError:
+            sweep.finish_trial(spec.trial_id, "waiting")
 
 
 def _run_tune(sweep: Sweep) -> None:
     """Every trial on the Ray of the session."""
     from raylab.tuning import run_tune
 
-    run_tune(sweep.preparation.job, sweep.next_trial, sweep.finish_trial)
+    run_tune(sweep.preparation.job, sweep)

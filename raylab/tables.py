@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from raylab.explanations import inner_types
 from raylab.identity import canonical
+from raylab.mistakes import DamagedError
 from raylab.settings import SETTINGS
 
 _text, _int, _float = pa.string(), pa.int64(), pa.float64()
@@ -56,7 +57,7 @@ SCHEMAS: dict[str, pa.Schema] = {
     "stages": pa.schema(
         {
             "job": _text, "stage_id": _text, "kind": _text, "trial_id": _text, "reused": pa.bool_(),
-            "wall_seconds": _float, "gpu_seconds": _float,
+            "wall_seconds": _float, "gpu_seconds": _float, "saved_seconds": _float,
         }
     ),
     "unseals": pa.schema({"job": _text, "trial_id": _text, "at": _time, "by": _text, "reason": _text}),
@@ -101,17 +102,29 @@ def write_rows(
     path = table_path(results, job, table, trial_id, suffix)
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    pq.write_table(pa.Table.from_pylist(plain, schema=schema), scratch)
-    os.replace(scratch, path)
+    try:
+        pq.write_table(pa.Table.from_pylist(plain, schema=schema), scratch, write_page_checksum=True)
+        os.replace(scratch, path)
+    except OSError:
+        # A disk that is full stays usable.
+        scratch.unlink(missing_ok=True)
+        raise
 
 
 def read_file(path: Path, table: str) -> pa.Table:
     """A file's rows: today's columns first, null where an older raylab did not write them, then columns it had more.
 
     The file is opened once, so that rows are never of two versions; and without pyarrow's datasets, which load pandas.
+    Raises DamagedError where it is not the file that was written.
     """
-    # Threads cost more than they bring in files of a few rows.
-    found, schema = pq.ParquetFile(path).read(use_threads=False), SCHEMAS[table]
+    schema = SCHEMAS[table]
+    try:
+        # Threads cost more than they bring in files of a few rows.
+        found = pq.ParquetFile(path, page_checksum_verification=True).read(use_threads=False)
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError) as error:
+        raise DamagedError(path) from error
     if found.schema.equals(schema):
         return found
     more = [field for field in found.schema if field.name not in schema.names]

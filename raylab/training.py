@@ -26,6 +26,11 @@ from raylab.world import ALONE, World
 
 CURVE_POINTS = 50
 
+# The parts of a rung's folder that pruning may take.
+ENCODER = "encoder"
+OPTIMIZER = "optimizer.safetensors"
+HEAD = "head.safetensors"
+
 
 class NotFiniteError(ArithmeticError):
     """A loss or gradient that is not a number: the trial fails at that step."""
@@ -93,36 +98,47 @@ def learning_rate(pretrain: Pretrain, tokens: float) -> float:
     return pretrain.learning_rate * (1 - share) / max(1 - pretrain.warmup_fraction, 1e-12)
 
 
-def load_training(spec: TrialSpec, data: Data, folder: Path, *, resume: bool) -> Training:
-    """A training from a rung's folder; `resume` takes optimiser and heads too, else only the encoder's weights."""
-    encoder, _ = load_encoder(str(folder / "encoder"))
+def load_learner(spec: TrialSpec, data: Data, folder: Path, *, trained: bool) -> Learner:
+    """The encoder of a rung's folder with its losses; with the heads that were trained, where they were."""
+    encoder, _ = load_encoder(str(folder / ENCODER))
     torch.manual_seed(derive_seed(spec.seed, "heads"))
     learner = Learner(encoder, spec.settings.pretrain, data.num_categories).to(choose_device())
+    if trained and learner.head is not None:
+        learner.head.load_state_dict(load_file(folder / HEAD))
+    return learner
+
+
+def load_training(spec: TrialSpec, data: Data, folder: Path, *, resume: bool) -> Training:
+    """A training from a rung's folder; `resume` takes optimiser and heads too, else only the encoder's weights."""
+    learner = load_learner(spec, data, folder, trained=resume)
     optimizer = make_optimizer(learner, spec.settings.pretrain)
     progress = Progress(**json.loads((folder / "progress.json").read_text()))
     if resume:
-        tensors = load_file(folder / "training.safetensors")
+        tensors = load_file(folder / OPTIMIZER)
         names = {id(p): name for name, p in learner.named_parameters()}
         for group in optimizer.param_groups:
             for p in group["params"]:
                 state = {k: tensors[f"{names[id(p)]}|{k}"] for k in ("step", "exp_avg", "exp_avg_sq")}
                 optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in state.items()}
-        if learner.head is not None:
-            learner.head.load_state_dict({k: tensors[f"head|{k}"] for k in ("weight", "bias")})
     return Training(learner, optimizer, progress)
 
 
-def save_training(training: Training, tokenizer: Path, folder: Path) -> None:
-    """Writes encoder/ (a normal Hugging Face directory), training.safetensors and progress.json; no pickle."""
-    save_encoder(training.learner.encoder, tokenizer, folder / "encoder")
-    tensors: dict[str, Tensor] = {}
-    for name, p in training.learner.named_parameters():
-        for key, value in training.optimizer.state.get(p, {}).items():
-            tensors[f"{name}|{key}"] = value.detach().cpu().contiguous()
-    if training.learner.head is not None:
-        for name, value in training.learner.head.state_dict().items():
-            tensors[f"head|{name}"] = value.detach().cpu().contiguous()
-    save_file(tensors, folder / "training.safetensors")
+def save_training(training: Training, tokenizer: Path, folder: Path, *, last: bool) -> None:
+    """Writes encoder/ (a normal Hugging Face directory), progress.json, heads and the optimiser; no pickle.
+
+    The last rung needs no optimiser: a larger budget is another arm.
+    """
+    learner = training.learner
+    save_encoder(learner.encoder, tokenizer, folder / ENCODER)
+    if learner.head is not None:
+        save_file({k: v.detach().cpu().contiguous() for k, v in learner.head.state_dict().items()}, folder / HEAD)
+    if not last:
+        tensors = {
+            f"{name}|{key}": value.detach().cpu().contiguous()
+            for name, p in learner.named_parameters()
+            for key, value in training.optimizer.state.get(p, {}).items()
+        }
+        save_file(tensors, folder / OPTIMIZER)
     (folder / "progress.json").write_text(json.dumps(training.progress.__dict__))
 
 

@@ -16,10 +16,12 @@ import torch
 from threadpoolctl import threadpool_limits
 
 import raylab
+from raylab.driver import read_stop, read_token
 from raylab.encoder import choose_device
 from raylab.evaluation import evaluate_encoder
-from raylab.mistakes import InfeasibleError, JobError, describe_error
+from raylab.mistakes import BusyError, InfeasibleError, JobError, SupersededError, describe_error, find_storage_problem
 from raylab.pretrain import (
+    list_rungs,
     measure_rung,
     num_rungs,
     open_data,
@@ -47,70 +49,121 @@ def run_trial(spec: TrialSpec, *, decide: Decide = go_on, world: World = ALONE) 
 
     After each rung its rows are written, then `decide(spec, rung)` says whether to go on. All workers of a trial call
     this together; rank 0 evaluates and writes. A setting that can't work ends as infeasible, a loss that is not finite
-    as failed; any other error is recorded as failed, without its message (which could quote a text), and raised.
+    as failed; any other error is recorded as failed, without its message (which could quote a text), and raised. Where
+    the job was asked to stop, the trial returns as running after its rung. Raises BusyError where another process
+    trains the rung that it needs, SupersededError where another driver has taken over, and what the file system says
+    where it is full or read-only: then nothing is recorded, and the trial goes on later.
     """
     _reset_peak_memory()
     row = _open_row(spec)
-    stages: list[Stage] = []
+    results, last = Path(spec.results), num_rungs(spec.settings)
+    used = Used(spec)
     started = time.perf_counter()
 
     def record(status: str, **changes: Any) -> None:
         elapsed = time.perf_counter() - started
         row.update(changes, status=status, updated_at=now(), peak_memory_bytes=_peak_memory())
         row["wall_seconds"] = spent[0] + elapsed
-        gpus = (spec.settings.resources.gpus_per_worker or 1) * world.size if torch.cuda.is_available() else 0
+        wanted = spec.settings.resources.gpus_per_worker
+        gpus = (1.0 if wanted is None else wanted) * world.size if torch.cuda.is_available() else 0.0
         row["gpu_seconds"] = row["wall_seconds"] * gpus
         if world.rank == 0:
-            _write_stages(spec, stages)
-            write_rows(Path(spec.results), spec.job, "trials", spec.trial_id, [row])
+            _check_driver(spec)
+            used.write()
+            write_rows(results, spec.job, "trials", spec.trial_id, [row])
 
     spent = (row["wall_seconds"],)
     record("running")
     try:
-        for rung in _run_rungs(spec, row, stages, world):
+        for rung in _run_rungs(spec, row, used, world):
+            if rung == last:
+                break
             record("running", rung=rung)
-            if rung < num_rungs(spec.settings) and not world.broadcast(world.rank != 0 or decide(spec, rung)):
+            if not world.broadcast(world.rank != 0 or decide(spec, rung)):
                 record("stopped")
                 return row
-        record("complete")
+            if world.broadcast(world.rank == 0 and read_stop(results, spec.job) is not None):
+                return row
+        record("complete", rung=last)
     except (InfeasibleError, JobError) as error:
         record("infeasible", error=str(error))
     except NotFiniteError as error:
         record("failed", error=str(error))
+    except (BusyError, SupersededError):
+        raise
     except Exception as error:
-        record("failed", error=describe_error(error, "'raylab run JOB.yaml --here --debug' shows more"))
+        if find_storage_problem(error) is None:
+            record("failed", error=describe_error(error, "'raylab run JOB.yaml --here --debug' shows more"))
         raise
     return row
 
 
-def _run_rungs(spec: TrialSpec, row: dict[str, Any], stages: list[Stage], world: World) -> Iterator[int]:
+def _check_driver(spec: TrialSpec) -> None:
+    """A process that outlived its driver must not write over what the next one's trials have written."""
+    if spec.driver is not None and read_token(Path(spec.results), spec.job) != spec.driver:
+        raise SupersededError(spec.trial_id)
+
+
+class Used:
+    """The stages that a trial used, as rows of `stages`; what it built before it was interrupted stays its own work."""
+
+    def __init__(self, spec: TrialSpec) -> None:
+        self.spec = spec
+        rows = read_rows(Path(spec.results), spec.job, "stages", spec.trial_id)
+        self.rows = {row["stage_id"]: row for row in rows}
+        self.changed = False
+
+    def add(self, *stages: Stage) -> None:
+        """Takes stages into the rows; a pre-training trained again here counts as built."""
+        for stage in stages:
+            if stage.stage_id not in self.rows or not stage.reused:
+                self.changed = True
+                self.rows[stage.stage_id] = {
+                    "stage_id": stage.stage_id,
+                    "kind": stage.kind,
+                    "reused": stage.reused,
+                    "wall_seconds": stage.wall_seconds,
+                    "gpu_seconds": stage.wall_seconds if torch.cuda.is_available() else 0.0,
+                    "saved_seconds": stage.saved_seconds,
+                }
+
+    def write(self) -> None:
+        """Writes the rows, if there are new ones."""
+        if self.changed:
+            write_rows(Path(self.spec.results), self.spec.job, "stages", self.spec.trial_id, list(self.rows.values()))
+            self.changed = False
+
+
+def _run_rungs(spec: TrialSpec, row: dict[str, Any], used: Used, world: World) -> Iterator[int]:
     """Yields each new rung's number once its rows are written; rungs done before are not measured or judged again."""
     results, done = Path(spec.results), row["rung"]
-    data = open_data(spec)
-    start = before = start_rung(spec, data, world)
-    stages.append(start)
+    data, chain = open_data(spec), list_rungs(spec)
+    first = done < 1 and spec.settings.pretrain.objective == "none"
+    before = start_rung(spec, data, world, whole=first)
+    used.add(before)
     training: Training | None = None
     scores = [r for r in read_rows(results, spec.job, "scores", spec.trial_id) if r["rung"] <= done]
     geometry = [r for r in read_rows(results, spec.job, "geometry", spec.trial_id) if r["rung"] <= done]
-    chain: list[tuple[Stage, Stage]] = []
+    measured: list[tuple[Stage, Stage]] = []
     if world.rank == 0:
-        chain.append((start, measure_rung(spec, data, start, None)))
+        measured.append((before, measure_rung(spec, data, chain, 0, None)))
     for rung in range(1, num_rungs(spec.settings) + 1):
         if spec.settings.pretrain.objective != "none":
-            before, training = train_rung(spec, data, start, before, rung, training, world)
-            stages.append(before)
+            before, training = train_rung(spec, data, chain, rung, training, world, whole=rung > done)
+            used.add(before)
             if world.rank == 0:
-                chain.append((before, measure_rung(spec, data, before, training)))
+                measured.append((before, measure_rung(spec, data, chain, rung, training)))
         if rung <= done:
             continue
         if world.rank == 0:
             found = evaluate_encoder(spec, before, rung)
-            stages.extend([*found.stages, *(measured for _, measured in chain)])
+            used.add(*found.stages, *(stage for _, stage in measured))
             scores += found.scores
             geometry += found.geometry
+            _check_driver(spec)
             write_rows(results, spec.job, "scores", spec.trial_id, scores)
             write_rows(results, spec.job, "geometry", spec.trial_id, geometry)
-            write_rows(results, spec.job, "curves", spec.trial_id, read_curves(chain))
+            write_rows(results, spec.job, "curves", spec.trial_id, read_curves(measured))
             row["target_values"] = compute_targets(spec.settings, scores, geometry, rung)
         info = read_info(before.path)
         row.update(
@@ -163,21 +216,6 @@ def _open_row(spec: TrialSpec) -> dict[str, Any]:
         fresh |= {name: before[name] for name in kept}
         fresh["target_values"] = json.loads(before["target_values"] or "null")
     return fresh
-
-
-def _write_stages(spec: TrialSpec, stages: list[Stage]) -> None:
-    earlier = {row["stage_id"]: row for row in read_rows(Path(spec.results), spec.job, "stages", spec.trial_id)}
-    for stage in stages:
-        # What this trial built before it was interrupted stays its own work.
-        if stage.stage_id not in earlier or not stage.reused:
-            earlier[stage.stage_id] = {
-                "stage_id": stage.stage_id,
-                "kind": stage.kind,
-                "reused": stage.reused,
-                "wall_seconds": stage.wall_seconds,
-                "gpu_seconds": stage.wall_seconds if torch.cuda.is_available() else 0.0,
-            }
-    write_rows(Path(spec.results), spec.job, "stages", spec.trial_id, list(earlier.values()))
 
 
 def describe_device() -> str:

@@ -6,8 +6,8 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import ray
 from ray import tune
@@ -16,27 +16,40 @@ from ray.tune.search import Searcher
 from raylab.mistakes import Interrupted, JobError
 from raylab.settings import dump_spec
 from raylab.specs import Job, TrialSpec
-from raylab.workers import trial_resources, tune_trial
+from raylab.workers import check_fit, count_slots, trial_resources, tune_trial
 
-# How often the sweep looks for living nodes.
-NODE_SECONDS = 10
+# How often the sweep looks at which nodes there are.
+NODE_SECONDS = 5
 
-NextTrial = Callable[[], TrialSpec | None]
-FinishTrial = Callable[..., None]
+
+class Runnable(Protocol):
+    """What gives the trials and takes their ends: a `sweep.Sweep`."""
+
+    def next_trial(self) -> TrialSpec | None:
+        """The next trial, None to wait; raises StopIteration at the end."""
+
+    def finish_trial(self, trial_id: str, end: str) -> None:
+        """Takes how a trial ended."""
+
+    def look(self) -> None:
+        """Raises Interrupted where the sweep must end at once."""
 
 
 class ArmSearcher(Searcher):
-    """Gives Tune the trials that `next_trial` names and tells `finish_trial` of their ends."""
+    """Gives Tune the trials of a sweep, as many as fit on the cluster as it is now, and passes their ends on."""
 
-    def __init__(self, next_trial: NextTrial, finish_trial: FinishTrial) -> None:
+    def __init__(self, job: Job, sweep: Runnable) -> None:
         super().__init__(metric="rung", mode="max")
-        self.next_trial, self.finish_trial = next_trial, finish_trial
+        self.job, self.sweep = job, sweep
         self.names: dict[str, str] = {}
+        self.slots, self.counted = 0, float("-inf")
 
     def suggest(self, trial_id: str) -> Any:
         """A trial's spec as Tune's config, None to wait, FINISHED at the end."""
+        if len(self.names) >= self._count_slots():
+            return None
         try:
-            spec = self.next_trial()
+            spec = self.sweep.next_trial()
         except StopIteration:
             return Searcher.FINISHED
         if spec is None:
@@ -44,11 +57,18 @@ class ArmSearcher(Searcher):
         self.names[trial_id] = spec.trial_id
         return {"spec": dump_spec(spec)}
 
+    def _count_slots(self) -> int:
+        """Nodes come and go: counted again now and then."""
+        if time.monotonic() - self.counted > NODE_SECONDS:
+            self.counted = time.monotonic()
+            self.slots = min(count_slots(self.job), self.job.resources.max_concurrent_trials or 2**31)
+        return self.slots
+
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
         """Passes the end of a trial on."""
         name = self.names.pop(trial_id, None)
         if name is not None:
-            self.finish_trial(name, failed=error or not result)
+            self.sweep.finish_trial(name, "died" if error or not result else result["end"])
 
     def on_trial_result(self, trial_id: str, result: Any) -> None:
         """Nothing: rungs are in the tables."""
@@ -65,31 +85,38 @@ class ArmSearcher(Searcher):
 
 
 class SweepWatch(tune.Callback):
-    """Notes Ctrl-C and passes it to Tune, which then ends its trials and returns; and ends a sweep without nodes."""
+    """Ends a sweep at once on Ctrl-C, on a request to do so, and where no node is left."""
 
-    def __init__(self) -> None:
+    def __init__(self, sweep: Runnable) -> None:
+        self.sweep = sweep
         self.interrupted = False
         self.looked = time.monotonic()
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Raises Interrupted where no node is left: Tune would wait for one for ever."""
+        """Raises Interrupted, which passes through Tune: its own end of a run waits for every trial."""
+        self.sweep.look()
         if time.monotonic() - self.looked > NODE_SECONDS:
             self.looked = time.monotonic()
             if not any(node["Alive"] for node in ray.nodes()):
                 raise Interrupted
+        if self.interrupted:
+            raise Interrupted
 
     def setup(self, *arguments: Any, **named: Any) -> None:
-        """Wraps the handler that Tune has set by now."""
-        inner = signal.getsignal(signal.SIGINT)
+        """Takes the place of the handler that Tune has set by now; a second Ctrl-C ends whatever is going on."""
 
         def handle(number: int, frame: Any) -> None:
+            if self.interrupted:
+                raise Interrupted
             self.interrupted = True
-            if callable(inner):
-                inner(number, frame)
 
         # Outside the main thread no signal arrives.
         with contextlib.suppress(ValueError):
             signal.signal(signal.SIGINT, handle)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As the searcher's: pickled, never read."""
+        return {}
 
 
 @contextlib.contextmanager
@@ -112,37 +139,34 @@ def ray_session(job: Job, address: str | None) -> Iterator[None]:
         kind = type(error).__name__
         raise JobError([f"--address {address}: no Ray cluster answers ({kind}); start it or correct it"]) from None
     try:
-        trial_resources(job)
+        check_fit(job)
         yield
     finally:
         ray.shutdown()
 
 
-def run_tune(job: Job, next_trial: NextTrial, finish_trial: FinishTrial) -> None:
-    """Runs trials until `next_trial` raises StopIteration, inside a `ray_session`. Raises Interrupted on Ctrl-C."""
-    resources, slots = trial_resources(job)
-    scratch, before, watch = tempfile.mkdtemp(prefix="raylab-tune-"), signal.getsignal(signal.SIGINT), SweepWatch()
+def run_tune(job: Job, sweep: Runnable) -> None:
+    """Runs a sweep's trials to its end, inside a `ray_session`. Raises Interrupted on Ctrl-C.
+
+    Every trial is tried once: the sweep asks for those that should be tried again.
+    """
+    scratch, before = tempfile.mkdtemp(prefix="raylab-tune-"), signal.getsignal(signal.SIGINT)
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     try:
         tune.Tuner(
-            tune.with_resources(tune_trial, resources),
+            tune.with_resources(tune_trial, trial_resources(job)),
             tune_config=tune.TuneConfig(
-                search_alg=ArmSearcher(next_trial, finish_trial),
-                num_samples=-1,
-                max_concurrent_trials=min(job.resources.max_concurrent_trials or slots, slots),
-                reuse_actors=job.resources.workers == 1,
+                search_alg=ArmSearcher(job, sweep), num_samples=-1, reuse_actors=job.resources.workers == 1
             ),
             run_config=tune.RunConfig(
                 name=job.name,
                 # Tune's own files: snapshots and results that nothing here reads.
                 storage_path=scratch,
                 verbose=0,
-                callbacks=[watch],
-                failure_config=tune.FailureConfig(max_failures=1),
+                callbacks=[SweepWatch(sweep)],
+                failure_config=tune.FailureConfig(max_failures=0),
             ),
         ).fit()
     finally:
         signal.signal(signal.SIGINT, before)
         shutil.rmtree(scratch, ignore_errors=True)
-    if watch.interrupted:
-        raise Interrupted

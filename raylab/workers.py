@@ -11,7 +11,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from raylab.judge import decide
-from raylab.mistakes import JobError
+from raylab.mistakes import JobError, find_storage_problem, list_causes
 from raylab.settings import dump_spec
 from raylab.specs import Job, TrialSpec
 from raylab.trial import run_trial, set_threads
@@ -27,23 +27,31 @@ def gpus_per_worker(job: Job) -> float:
     return wanted if wanted is not None else float(ray.cluster_resources().get("GPU", 0) >= 1)
 
 
-def trial_resources(job: Job) -> tuple[dict[str, float], int]:
-    """What Tune reserves for a trial, and how many trials fit on the cluster now. Raises JobError where none does."""
-    cluster, workers = ray.cluster_resources(), job.resources.workers
-    gpus = gpus_per_worker(job)
-    cpu_slots = int(cluster.get("CPU", 1) / (job.resources.cpus_per_worker * workers))
-    slots = min(cpu_slots, int(cluster.get("GPU", 0) / (gpus * workers))) if gpus else cpu_slots
-    if slots < 1:
+def count_slots(job: Job) -> int:
+    """How many trials fit on the cluster as it is now."""
+    cluster, workers, gpus = ray.cluster_resources(), job.resources.workers, gpus_per_worker(job)
+    slots = int(cluster.get("CPU", 0) / (job.resources.cpus_per_worker * workers))
+    return min(slots, int(cluster.get("GPU", 0) / (gpus * workers))) if gpus else slots
+
+
+def check_fit(job: Job) -> None:
+    """Raises JobError where no trial fits on the cluster."""
+    if count_slots(job) < 1:
+        cluster = ray.cluster_resources()
         has = f"{cluster.get('CPU', 0):g} CPUs and {cluster.get('GPU', 0):g} GPUs"
         raise JobError(
             [
-                f"resources: {workers} worker(s) of {job.resources.cpus_per_worker} CPUs and {gpus:g} GPUs don't fit "
-                f"on this cluster of {has}; ask for less"
+                f"resources: {job.resources.workers} worker(s) of {job.resources.cpus_per_worker} CPUs and "
+                f"{gpus_per_worker(job):g} GPUs don't fit on this cluster of {has}; ask for less"
             ]
         )
-    if workers > 1:
-        return {"CPU": COORDINATOR_CPUS}, slots
-    return {"CPU": job.resources.cpus_per_worker, "GPU": gpus}, slots
+
+
+def trial_resources(job: Job) -> dict[str, float]:
+    """What Tune reserves for a trial."""
+    if job.resources.workers > 1:
+        return {"CPU": COORDINATOR_CPUS}
+    return {"CPU": job.resources.cpus_per_worker, "GPU": gpus_per_worker(job)}
 
 
 def _hide_gpus(spec: TrialSpec) -> None:
@@ -53,15 +61,28 @@ def _hide_gpus(spec: TrialSpec) -> None:
 
 
 def tune_trial(config: dict[str, Any]) -> None:
-    """Tune's trainable: one trial from its spec."""
+    """Tune's trainable: one trial from its spec. Reports its end; an error of its code is raised."""
     spec = TrialSpec.model_validate_json(config["spec"])
     _hide_gpus(spec)
-    if spec.settings.resources.workers > 1:
-        _train_with_workers(spec)
-    else:
-        set_threads(spec.settings.resources.cpus_per_worker)
-        run_trial(spec, decide=decide)
-    tune.report({"rung": 1})
+    end = "done"
+    try:
+        if spec.settings.resources.workers > 1:
+            _train_with_workers(spec)
+        else:
+            set_threads(spec.settings.resources.cpus_per_worker)
+            run_trial(spec, decide=decide)
+    except Exception as error:
+        causes = {type(cause).__name__ for cause in list_causes(error)}
+        problem = find_storage_problem(error)
+        if "BusyError" in causes:
+            end = "waiting"
+        elif "SupersededError" in causes:
+            end = "superseded"
+        elif problem is not None:
+            end = problem
+        else:
+            raise
+    tune.report({"rung": 1, "end": end})
 
 
 def _train_with_workers(spec: TrialSpec) -> None:

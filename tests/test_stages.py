@@ -37,7 +37,7 @@ def test_a_stage_is_built_once_and_found_again(tmp_path: Path) -> None:
     built, found = build(tmp_path, log), build(tmp_path, log)
     assert not built.reused
     assert built.wall_seconds > 0
-    assert found == built._replace(reused=True, wall_seconds=0.0)
+    assert found == built._replace(reused=True, wall_seconds=0.0, saved_seconds=built.wall_seconds)
     assert len(log.read_text().splitlines()) == 1
     assert open_stage(tmp_path, built.stage_id) == built.path
     assert read_info(built.path) == {"rows": 7}

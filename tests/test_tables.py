@@ -61,7 +61,7 @@ EXPECTED = {
     },
     "stages": {
         "job": "string", "stage_id": "string", "kind": "string", "trial_id": "string", "reused": "bool",
-        "wall_seconds": "double", "gpu_seconds": "double",
+        "wall_seconds": "double", "gpu_seconds": "double", "saved_seconds": "double",
     },
     "unseals": {"job": "string", "trial_id": "string", "at": str(TIME), "by": "string", "reason": "string"},
 }  # fmt: skip
@@ -176,7 +176,7 @@ def test_trials_are_listed_by_their_start(tmp_path: Path) -> None:
 def test_a_writer_that_dies_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_trial(tmp_path, rung=1)
 
-    def die(table: pa.Table, path: Path) -> None:
+    def die(table: pa.Table, path: Path, **options: bool) -> None:
         path.write_bytes(b"PAR1 half")
         raise KeyboardInterrupt
 

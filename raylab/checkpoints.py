@@ -1,0 +1,78 @@
+"""What of a job's checkpoints is kept, and the disk that it takes."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from raylab.results import list_jobs
+from raylab.specs import Job
+from raylab.stages import measure_stage, open_stage, prune_stage, read_info
+from raylab.tables import list_trials, read_rows
+
+# What pruning takes of a rung that nothing goes on from, or that is no trial's final encoder.
+WEIGHTS = ("encoder", "optimizer.safetensors")
+NOTE = ".disk.json"
+
+
+def prune_checkpoints(results: Path, job: Job) -> int:
+    """Deletes what resume, unseal and export don't need of a job's checkpoints; returns the bytes freed.
+
+    Every complete trial keeps its final encoder, in any job; a trial that is not finished keeps all. What is needed
+    again later, such as earlier rungs with other shots, is then trained again. `limits.checkpoints: all` keeps all.
+    """
+    if job.limits.checkpoints == "all":
+        return 0
+    keep: set[str] = set()
+    mine: set[str] = set()
+    for name in list_jobs(results):
+        for row in list_trials(results, name):
+            rungs = _list_rungs(results, name, row["trial_id"])
+            if name == job.name:
+                mine |= rungs.keys()
+            if row["status"] == "complete" and rungs:
+                keep.add(max(rungs, key=lambda stage_id: rungs[stage_id]))
+            elif row["status"] not in ("stopped", "infeasible"):
+                keep |= rungs.keys()
+    return sum(prune_stage(results, stage_id, WEIGHTS) for stage_id in sorted(mine - keep))
+
+
+def _list_rungs(results: Path, job: str, trial_id: str) -> dict[str, int]:
+    """The stages of a trial's rungs, and how many tokens had been trained on by then."""
+    rows = [row for row in read_rows(results, job, "stages", trial_id) if row["kind"] == "pretrain"]
+    folders = {row["stage_id"]: open_stage(results, row["stage_id"]) for row in rows}
+    return {stage_id: read_info(folder)["tokens"] for stage_id, folder in folders.items() if folder is not None}
+
+
+def measure_disk(results: Path, job: str) -> dict[str, int]:
+    """Bytes of a job's tables, of the stages it uses (which others may use too), and free where the results are."""
+    stages = {
+        row["stage_id"]
+        for path in (results / job / "stages").glob("[!.]*.parquet")
+        for row in read_rows(results, job, "stages", path.stem)
+    }
+    tables = sum(file.stat().st_size for file in (results / job).glob("*/*.parquet"))
+    return {
+        "tables_bytes": tables,
+        "stages_bytes": sum(measure_stage(results, stage_id) for stage_id in stages),
+        "free_bytes": shutil.disk_usage(results).free,
+    }
+
+
+def note_disk(results: Path, job: str) -> dict[str, int]:
+    """Measures and notes it beside the tables, for `status`, which walks no folders."""
+    found = measure_disk(results, job)
+    scratch = results / job / f"{NOTE}.{os.getpid()}"
+    scratch.write_text(json.dumps(found))
+    os.replace(scratch, results / job / NOTE)
+    return found
+
+
+def read_disk(results: Path, job: str) -> dict[str, Any]:
+    """What a driver noted last; empty where none did."""
+    try:
+        found: dict[str, Any] = json.loads((results / job / NOTE).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found

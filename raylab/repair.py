@@ -1,0 +1,50 @@
+"""What a stop, a full disk or a failing one left of a job: set aside or cleared, so that resuming makes it again."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from raylab.mistakes import DamagedError
+from raylab.stages import FOLDER, is_building
+from raylab.tables import SCHEMAS, list_trials, read_file, read_rows, write_rows
+
+# What a trial writes at each rung, before its row of `trials` says that the rung is done.
+MEASURED = ("scores", "geometry", "curves")
+
+
+def repair_job(results: Path, job: str) -> list[str]:
+    """Makes a job's tables whole or fewer, and returns a line for each thing that was wrong.
+
+    Only the job's driver may call this. A damaged file is kept beside the others under a name that starts with
+    `.damaged`; a trial whose measures are missing is taken back to its start, and finds its stages.
+    """
+    notes = [*_set_aside(results, job)]
+    for folder in (results / job).glob("*/"):
+        for scratch in folder.glob(".*.parquet.*"):
+            scratch.unlink(missing_ok=True)
+    for scratch in (results / FOLDER).glob(".building-*"):
+        if not is_building(results, scratch.name.removeprefix(".building-")):
+            shutil.rmtree(scratch, ignore_errors=True)
+    for row in list_trials(results, job):
+        if row["arm"].startswith("baseline:") or not row["rung"]:
+            continue
+        rows = {table: read_rows(results, job, table, row["trial_id"]) for table in MEASURED}
+        missing = [table for table, found in rows.items() if not found]
+        missing += [t for t in ("scores", "geometry") if rows[t] and max(r["rung"] for r in rows[t]) < row["rung"]]
+        if missing:
+            notes.append(f"trial {row['trial_id']}: rows of {', '.join(missing)} are gone; it is measured again")
+            write_rows(results, job, "trials", row["trial_id"], [row | {"rung": 0, "status": "running"}])
+    return notes
+
+
+def _set_aside(results: Path, job: str) -> Iterator[str]:
+    for table in SCHEMAS:
+        for path in sorted((results / job / table).glob("[!.]*.parquet")):
+            try:
+                read_file(path, table)
+            except DamagedError:
+                if table == "unseals":  # a record that nothing makes again
+                    yield f"{path} is damaged: restore it from a backup, it records an access to the test split"
+                    continue
+                path.replace(path.with_name(f".damaged-{path.name}"))
+                yield f"{table}: the file of {path.stem} was damaged; it is made again"
