@@ -268,9 +268,12 @@ def _call(act: Callable[[], Any], debug: bool) -> int:
     except Exception as error:
         if debug:
             raise
-        # The message of an unforeseen error could quote a text: its kind and place must do.
-        from raylab.mistakes import describe_error
+        from raylab.mistakes import describe_error, find_storage_problem
 
+        if problem := find_storage_problem(error):
+            print(f"raylab: the results can't be read or written ({problem}); mend that and try again", file=sys.stderr)
+            return 1
+        # The message of an unforeseen error could quote a text: its kind and place must do.
         print(f"raylab: {describe_error(error)}", file=sys.stderr)
         return 1
 

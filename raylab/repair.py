@@ -9,7 +9,7 @@ from raylab.stages import FOLDER, is_building
 from raylab.tables import SCHEMAS, list_trials, read_file, read_rows, write_rows
 
 # What a trial writes at each rung, before its row of `trials` says that the rung is done.
-MEASURED = ("scores", "geometry", "curves")
+MEASURED = ("scores", "geometry", "curves", "stages")
 
 
 def repair_job(results: Path, job: str) -> list[str]:

@@ -380,6 +380,11 @@ def _run_here(sweep: Sweep) -> None:
             sweep.finish_trial(spec.trial_id, "done")
         except BusyError:
             sweep.finish_trial(spec.trial_id, "waiting")
+        except Exception as error:
+            problem = find_storage_problem(error)
+            if problem is None:
+                raise
+            sweep.finish_trial(spec.trial_id, problem)
 
 
 def _run_tune(sweep: Sweep) -> None:

@@ -89,6 +89,31 @@ def make_job(tiny_job):
     return make
 
 
+# The columns that an interrupted run must share with an unbroken one, by table (promise 1 of the design).
+VALUES = {
+    "scores": "trial_id, rung, task, split, shots, frozen_layers, probe, draw, metric, value, num_train, num_eval",
+    "geometry": "trial_id, rung, task, split, metric, parameter, value, num_points",
+    "curves": "trial_id, step, tokens, metric, value",
+    "stages": "trial_id, stage_id, kind",
+    "trials": "trial_id, arm, phase, seed, status, rung, target_values, num_steps, num_tokens, data_digest",
+}
+
+
+@pytest.fixture(scope="session")
+def read_values():
+    """`read_values(results)`: table -> its rows of those columns, sorted; every job's."""
+    from raylab.results import open_tables
+
+    def read(results):
+        connection = open_tables(results)
+        return {
+            table: connection.execute(f"select {columns} from {table} order by all").fetchall()
+            for table, columns in VALUES.items()
+        }
+
+    return read
+
+
 @pytest.fixture(scope="session")
 def results(tmp_path_factory):
     """A results folder that all tests share: stages that one test built serve the next."""

@@ -21,12 +21,6 @@ from raylab.tables import read_trial
 pytestmark = pytest.mark.ray
 
 MARKER = "zebrafishpatient"
-VALUES = {
-    "scores": "trial_id, rung, task, split, shots, frozen_layers, probe, draw, metric, value, num_train, num_eval",
-    "geometry": "trial_id, rung, task, split, metric, parameter, value, num_points",
-    "curves": "trial_id, step, tokens, metric, value",
-    "trials": "trial_id, arm, phase, seed, status, rung, target_values, num_steps, num_tokens, data_digest",
-}
 
 
 def raylab_command(*arguments: str) -> list[str]:
@@ -42,14 +36,6 @@ def run_raylab(*arguments: str, check: bool = True, **options) -> subprocess.Com
 def write_job(job, path: Path) -> Path:
     path.write_text(dump_yaml(job))
     return path
-
-
-def read_values(results: Path) -> dict[str, list]:
-    connection = open_tables(results)
-    return {
-        table: connection.execute(f"select {columns} from {table} order by all").fetchall()
-        for table, columns in VALUES.items()
-    }
 
 
 def child_processes(pid: int) -> list[int]:
@@ -165,7 +151,7 @@ def test_running_again_runs_nothing(unbroken):
 
 
 @pytest.mark.slow
-def test_killed_driver_and_worker_leave_the_tables_of_an_unbroken_run(unbroken, grid_job, tmp_path):
+def test_killed_driver_and_worker_leave_the_tables_of_an_unbroken_run(unbroken, grid_job, read_values, tmp_path):
     """SIGKILL of a trial's process, then of the driver with all its children; resume ends with the same values."""
     job, results = write_job(grid_job, tmp_path / "job.yaml"), tmp_path / "results"
     process = subprocess.Popen(
