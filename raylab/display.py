@@ -56,11 +56,13 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class View:
-    """What is shown of a sweep at one moment; times in seconds. `counts`, by state, add up to the planned trials."""
+    """What is shown of a sweep at one moment; times in seconds. `counts`, by state, add up to the planned trials, if
+    it is `known` how many those are."""
 
     name: str
     elapsed: float
     counts: Mapping[str, int]
+    known: bool
     held: int
     retried: int
     pace: Sequence[str]
@@ -124,9 +126,10 @@ def _draw(view: View, width: int, glyphs: Glyphs) -> Iterator[Text]:
         states = [
             Text(f"{count:,} {state}{held if state == 'waiting' else ''}", STYLES[state])
             for state, count in counts.items()
-            if count or state in ("complete", "running", "waiting")
+            if count or state in ("complete", "running") or (state == "waiting" and view.known)
         ]
-        yield draw_bar(counts, width, glyphs)
+        if view.known:
+            yield draw_bar(counts, width, glyphs)
         yield from flow(
             "trials", [*states, *([Text(f"{view.retried} retried")] if view.retried else [])], width, glyphs
         )

@@ -308,6 +308,7 @@ class SweepProgress:
                 name=self.name,
                 elapsed=now - self.started,
                 counts=counts,
+                known=self.planned > 0,
                 held=self.held,
                 retried=self.retried,
                 pace=self._pace(now, counts) or ["time left not known yet"],

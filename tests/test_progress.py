@@ -202,6 +202,13 @@ def test_infeasible_trials_make_nothing_look_fast(plain, clock):
     assert "not known yet" in seen(plain)
 
 
+def test_no_bar_before_it_is_known_how_many_are_planned(plain):
+    plain.start_trial("arm0-0")
+    assert seen(plain).splitlines()[1] == "trials    0 complete · 1 running"
+    plain.planned = 4
+    assert "0/4  0 %" in seen(plain).splitlines()[1]
+
+
 def test_retried_trial_leaves_running_and_comes_again(plain, clock):
     plain.planned, plain.held = 4, 2
     plain.start_trial("arm0-0")
