@@ -108,7 +108,8 @@ class SweepProgress:
         self.log: Path | None = None
         self.log_failed = False
         # `state` guards what is counted and is never held while writing; `writing` keeps lines and block apart.
-        self.state, self.writing, self.ended = threading.Lock(), threading.RLock(), threading.Event()
+        # Both may be taken again by a signal's handler in the thread that holds them.
+        self.state, self.writing, self.ended = threading.RLock(), threading.RLock(), threading.Event()
         self.unsaid, self.latest, self.said_at = 0, "", -math.inf
         self.timer: threading.Timer | None = None
         if live is None:
