@@ -194,11 +194,6 @@ class SweepProgress:
             self.retried += 1
         self._say(f"trial {trial_id} will be tried again: {why}", "yellow")
 
-    def retry_trial(self, trial_id: str, why: str) -> None:
-        """A trial goes back to those that wait."""
-        self.running -= 1
-        self.note(f"trial {trial_id}: {why}")
-
     def note(self, text: str) -> None:
         """A line about the sweep as a whole."""
         self._say(text)

@@ -72,6 +72,15 @@ def list_settings(job: Job) -> dict[str, Any]:
     return values
 
 
+def label_values(values: Mapping[str, Any]) -> str:
+    """Some settings for people: their last names and values; null ones left out."""
+    return ", ".join(
+        f"{name.rsplit('.', 1)[-1]}={value:g}" if isinstance(value, float) else f"{name.rsplit('.', 1)[-1]}={value}"
+        for name, value in values.items()
+        if value is not None
+    )
+
+
 def dump_job(job: Job) -> dict[str, Any]:
     """The job as plain values that `Job` takes back."""
     raw = job.model_dump(mode="json")

@@ -22,8 +22,8 @@ from raylab.preparation import Preparation, make_spec, name_point, prepare
 from raylab.pretrain import list_rungs, make_units, open_data
 from raylab.progress import SweepProgress
 from raylab.repair import repair_job
-from raylab.search import Request, Search, read_targets
-from raylab.settings import list_settings, with_settings
+from raylab.search import Request, Search, is_current, read_targets, read_values
+from raylab.settings import label_values, list_settings, with_settings
 from raylab.specs import Job, TrialSpec
 from raylab.stages import is_building, open_stage
 from raylab.tables import list_trials, now, read_trial, write_rows
@@ -70,6 +70,7 @@ def run_job(
     seeds = [*job.search.seeds, *(job.search.confirm.seeds if job.search.confirm else ())]
     splits = {seed: preparation.split(seed) for seed in seeds}
     with _session(job, address, here), claim_job(results, job.name) as token:
+        progress.log_to(results / job.name / "log.txt")
         _check_base(preparation)
         _keep_job(results / job.name / "job.yaml", job)
         for line in (*repair_job(results, job.name), *_describe_left_out(splits[seeds[0]])):
@@ -80,6 +81,7 @@ def run_job(
             progress.tell("baselines", index + 1, len(seeds))
         search = Search(job, results, lambda values: name_point(preparation, values)[0])
         sweep = Sweep(preparation, search, progress, token)
+        sweep.tell_kept()
         with _stop_on_sigterm(results, job.name):
             if here:
                 _run_here(sweep)
@@ -152,10 +154,17 @@ def _describe_left_out(split: SplitCorpus) -> Iterator[str]:
             yield f"{name}: {counts['rows_read']} rows read; " + ", ".join(f"{v} {k}" for k, v in left_out.items())
 
 
-class Running(NamedTuple):
-    """A trial that was handed out: the rungs of its pre-training, and when it was."""
+class Prepared(NamedTuple):
+    """A trial that could start, and the stages of its pre-training's rungs."""
 
-    chain: tuple[str, ...]
+    spec: TrialSpec
+    rungs: tuple[str, ...]
+
+
+class Running(NamedTuple):
+    """A trial that was handed out: the stages of its pre-training's rungs, and when it was."""
+
+    rungs: tuple[str, ...]
     since: float
 
 
@@ -172,7 +181,8 @@ class Sweep:
     storage_failed: bool = False
     noted: set[str] = field(default_factory=set)
     running: dict[str, Running] = field(default_factory=dict)
-    specs: dict[tuple[str, int], TrialSpec] = field(default_factory=dict)
+    prepared: dict[str, Prepared] = field(default_factory=dict)
+    others: dict[str, tuple[float, bool]] = field(default_factory=dict)
     deaths: dict[str, tuple[int, int]] = field(default_factory=dict)
     crashes: dict[str, int] = field(default_factory=dict)
     gpu_seconds: dict[str, float] = field(default_factory=dict)
@@ -183,6 +193,15 @@ class Sweep:
     def __post_init__(self) -> None:
         for row in list_trials(self.results, self.name):
             self.gpu_seconds[row["trial_id"]] = row["gpu_seconds"] or 0.0
+
+    def tell_kept(self) -> None:
+        """What the tables hold of this job already goes into the display."""
+        progress, job = self.progress, self.preparation.job
+        progress.targets = [f"{target.task} {target.metric}" for target in job.search.targets]
+        progress.planned = self.search.num_planned
+        for row in self.search.done.values():
+            if is_current(job, row, self.search.name_point):
+                progress.keep_trial(row, read_targets(row), self.search.signs, label_values(read_values(job, row)))
 
     @property
     def results(self) -> Path:
@@ -210,41 +229,44 @@ class Sweep:
             trial_id = name_trial(request.arm, request.seed)
             self.progress.start_trial(trial_id)
             try:
-                spec = self._make_spec(request)
+                ready = self._prepare(request)
             except JobError as error:
                 self._record(trial_id, "infeasible", error.problems[0])
                 self._take(trial_id)
                 continue
             except OSError as error:
                 self._halt_for_storage(error)
-                self.search.retry(trial_id)
+                self._retry(trial_id, "the results can't be written")
                 continue
-            del self.specs[request.arm, request.seed]
-            chain = tuple(link.stage_id for link in list_rungs(spec))
-            self.running[trial_id] = Running(chain, time.monotonic())
-            return spec
+            del self.prepared[trial_id]
+            self.running[trial_id] = Running(ready.rungs, time.monotonic())
+            return ready.spec
 
-    def _make_spec(self, request: Request) -> TrialSpec:
-        key = (request.arm, request.seed)
-        if key not in self.specs:
+    def _prepare(self, request: Request) -> Prepared:
+        trial_id = name_trial(request.arm, request.seed)
+        if trial_id not in self.prepared:
             spec = make_spec(self.preparation, request.values, request.seed, request.phase)
-            self.specs[key] = spec.model_copy(update={"driver": self.token})
+            spec = spec.model_copy(update={"driver": self.token})
+            self.prepared[trial_id] = Prepared(spec, tuple(link.stage_id for link in list_rungs(spec)[1:]))
             while self.preparation.notes:
                 self.note(self.preparation.notes.pop(0))
-        return self.specs[key]
+        return self.prepared[trial_id]
 
     def _is_held(self, request: Request) -> bool:
         """Whether a trial must wait for a pre-training that another one, of this job or of another, is doing."""
         try:
-            spec = self._make_spec(request)
+            rungs = self._prepare(request).rungs
         except (JobError, OSError):
             return False  # told when the trial is to start
-        chain = [link.stage_id for link in list_rungs(spec)][1:]
-        if not chain or open_stage(self.results, chain[-1]) is not None:
+        if not rungs:
             return False
-        if any(chain[-1] in other.chain for other in self.running.values()):
-            return True
-        return any(is_building(self.results, stage_id) for stage_id in chain)
+        if any(rungs == other.rungs for other in self.running.values()):
+            return open_stage(self.results, rungs[-1]) is None
+        looked, held = self.others.get(rungs[-1], (float("-inf"), False))
+        if time.monotonic() - looked > LOOK_SECONDS:
+            held = any(is_building(self.results, stage_id) for stage_id in rungs)
+            self.others[rungs[-1]] = (time.monotonic(), held)
+        return held
 
     def finish_trial(self, trial_id: str, end: str) -> None:
         """Takes the end of a trial: `done` (its row says how), `waiting`, `died` or `crashed`, or why files fail.
@@ -295,9 +317,9 @@ class Sweep:
         row = read_trial(self.results, self.name, trial_id)
         assert row is not None
         self.gpu_seconds[trial_id] = row["gpu_seconds"] or 0.0
+        label = label_values(self.search.running[trial_id].values)
         self.search.finish(trial_id, row)
-        values = read_targets(row)
-        self.progress.finish_trial(row, values[0] if values else None, self.search.sign, self.search.num_planned)
+        self.progress.finish_trial(row, read_targets(row), self.search.signs, self.search.num_planned, label)
 
     def _record(self, trial_id: str, status: str, error: str) -> None:
         """Writes what became of a trial that could not do it itself."""

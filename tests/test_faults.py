@@ -24,7 +24,7 @@ from raylab.progress import SweepProgress
 from raylab.results import summarise_jobs
 from raylab.stages import FOLDER, find_stage, open_stage
 from raylab.sweep import run_job
-from raylab.tables import list_trials, read_rows, read_trial, write_rows
+from raylab.tables import list_trials, now, read_rows, read_trial, write_rows
 from raylab.trial import run_trial
 
 processes = multiprocessing.get_context("spawn")
@@ -321,6 +321,71 @@ def test_trials_that_share_a_pretraining_run_one_after_another(make_job, tmp_pat
     rows = read_rows(tmp_path, "faults", "stages", third.trial_id)
     assert all(row["reused"] for row in rows)
     assert all(row["saved_seconds"] > 0 for row in rows)
+
+
+@pytest.fixture
+def under_way(job, tmp_path):
+    """A sweep of the job whose ends of trials the test tells."""
+    preparation = prepare(job, tmp_path)
+    with claim_job(tmp_path, "faults") as token:
+        search = sweep.Search(job, tmp_path, lambda values: sweep.name_point(preparation, values)[0])
+        yield sweep.Sweep(preparation, search, SweepProgress(Console(quiet=True)), token)
+
+
+def test_a_trial_whose_code_fails_is_tried_once_more_and_then_failed(under_way, tmp_path):
+    first = under_way.next_trial()
+    path = Path(first.results) / FOLDER / first.corpus / "stage.json"
+    whole = path.read_bytes()
+    path.unlink()
+    for attempt in (1, 2):
+        with pytest.raises(FileNotFoundError):
+            run_trial(first)
+        # Before it could open a row: as a process that died.
+        under_way.finish_trial(first.trial_id, "died")
+        first = under_way.next_trial()
+        assert read_trial(tmp_path, "faults", first.trial_id) is None, attempt
+    path.write_bytes(whole)
+    tokens = Path(first.results) / FOLDER / first.tokens["severity"] / "tokens.arrow"
+    whole = tokens.read_bytes()
+    tokens.write_bytes(whole[:100])
+    for attempt in (1, 2):
+        with pytest.raises(Exception, match=r"."):
+            run_trial(first)
+        row = read_trial(tmp_path, "faults", first.trial_id)
+        assert (row["status"], row["attempts"]) == ("failed", attempt)
+        under_way.finish_trial(first.trial_id, "died")
+        following = under_way.next_trial()
+        assert (following.trial_id == first.trial_id) == (attempt == 1)
+    assert under_way.progress.states == {"failed": 1}
+    tokens.write_bytes(whole)
+    assert run_trial(following)["status"] == "complete"
+    under_way.finish_trial(following.trial_id, "done")
+    with pytest.raises(StopIteration):
+        under_way.next_trial()
+
+
+def test_a_trial_whose_process_dies_again_and_again_is_failed(under_way, tmp_path):
+    first = under_way.next_trial()
+    for _ in range(sweep.MOST_DEATHS - 1):
+        under_way.finish_trial(first.trial_id, "died")
+        assert under_way.next_trial().trial_id == first.trial_id
+    under_way.finish_trial(first.trial_id, "died")
+    row = read_trial(tmp_path, "faults", first.trial_id)
+    assert row["status"] == "failed"
+    assert "died 3 times without a new rung" in row["error"]
+    assert under_way.next_trial().trial_id != first.trial_id
+
+
+def test_deaths_count_from_the_last_rung(under_way, tmp_path):
+    trials = [under_way.next_trial(), under_way.next_trial()]
+    mlm = next(spec for spec in trials if spec.settings.pretrain.objective == "mlm")
+    for rung in (1, 1, 2, 2):
+        row = {"arm": mlm.arm, "phase": "fixed", "seed": 0, "status": "running", "rung": rung, "attempts": 1}
+        write_rows(tmp_path, "faults", "trials", mlm.trial_id, [row | {"started_at": now(), "updated_at": now()}])
+        under_way.finish_trial(mlm.trial_id, "died")
+        assert under_way.next_trial().trial_id == mlm.trial_id
+    under_way.finish_trial(mlm.trial_id, "died")
+    assert read_trial(tmp_path, "faults", mlm.trial_id)["status"] == "failed"
 
 
 @pytest.fixture
