@@ -206,8 +206,8 @@ def test_a_sweep_that_fails_is_a_failed_ray_job(cluster, make_job):
 
 @pytest.fixture
 def endless(cluster, make_job):
-    """A job that trains for hours in rungs of a second, under way."""
-    changes = {"name": "endless", "pretrain.num_tokens": 40_000_000, "pretrain.rungs": 4000}
+    """A job of a hundred rungs of some seconds, under way."""
+    changes = {"name": "endless", "pretrain.num_tokens": 20_000_000, "pretrain.rungs": 100}
     job = make_job("mlm", changes)
     submission_id = cluster.submit(job).stdout.strip()
     wait_until(lambda: list(cluster.results.glob("endless/trials/[!b]*.parquet")))
