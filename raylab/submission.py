@@ -5,6 +5,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shlex
 import tempfile
 import time
@@ -244,7 +245,9 @@ def _ask(cluster: Cluster, commands: list[str]) -> str:
     lines = "; ".join(f"{RAYLAB} {command}" for command in commands)
     submission_id = client.submit_job(entrypoint=f"{FIND_PYTHON}echo; echo {ANSWER}; {lines}")
     state = _wait_end(cluster, submission_id)
-    _, _, answer = client.get_job_logs(submission_id).partition(f"\n{ANSWER}\n")
+    # Ray's own line of the command may stand anywhere: it is written beside what the command prints.
+    printed = re.sub(r"Running entrypoint for job [^\n]*\n", "", client.get_job_logs(submission_id))
+    _, _, answer = printed.partition(f"\n{ANSWER}\n")
     message = client.get_job_info(submission_id).message or ""
     client.delete_job(submission_id)
     if state != "succeeded":
