@@ -132,11 +132,11 @@ def submit_job(cluster: Cluster, job: Job, results: str) -> str:
         return start_driver(cluster, job.name, results, arguments, folder)
 
 
-def resume_job(cluster: Cluster, name: str, results: str | None) -> str:
-    """Goes on with a job from the file kept beside its results, and returns Ray's id of it."""
+def resume_job(cluster: Cluster, name: str, results: str | None, changes: list[str]) -> str:
+    """Goes on with a job from the file kept beside its results, with options of `resume`; Ray's id of it."""
     _refuse_running(cluster, name)
     folder = results or find_submission(cluster, name).results
-    return start_driver(cluster, name, folder, ["resume", name, "--results", folder, "--address", "auto"])
+    return start_driver(cluster, name, folder, ["resume", name, "--results", folder, "--address", "auto", *changes])
 
 
 def _refuse_running(cluster: Cluster, name: str) -> None:
@@ -285,12 +285,13 @@ def summarise_cluster(cluster: Cluster, name: str | None, results: str | None) -
     ]
 
 
-def stop_job(cluster: Cluster, name: str, now: bool) -> str:
+def stop_job(cluster: Cluster, name: str, results: str | None, now: bool) -> str:
     """Asks a job's driver there to stop, and returns what raylab said. Raises JobError where none runs."""
     submission = find_submission(cluster, name)
     if submission.state not in LIVE:
         raise JobError([f"job {name} is not running there ({submission.state}); nothing to stop"])
     if submission.state == "pending":
         cluster.client.stop_job(submission.submission_id)
-        return ""
-    return _ask(cluster, [shlex.join(["stop", name, "--results", submission.results, *(["--now"] if now else [])])])
+        return f"{name}: stopped before it started"
+    folder = results or submission.results
+    return _ask(cluster, [shlex.join(["stop", name, "--results", folder, *(["--now"] if now else [])])]).strip()

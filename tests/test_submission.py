@@ -219,7 +219,6 @@ def endless(cluster, make_job):
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.skipif(not (ROOT / "raylab" / "driver.py").exists(), reason="'raylab stop NAME' is not there yet")
 def test_a_running_job_is_told_apart_and_stops(cluster, endless):
     refused = cluster.submit(endless, code=2).stderr
     assert refused.startswith("raylab: job endless is running there as raylab-endless-")
@@ -228,7 +227,9 @@ def test_a_running_job_is_told_apart_and_stops(cluster, endless):
     assert cluster.status("endless")["ray_job"] == "running"
     cluster.run("stop", "endless")
     row = wait_until(lambda: (row := cluster.status("endless"))["ray_job"] != "running" and row)
-    assert row["complete"] == 0
+    assert (row["running"], row["complete"]) == (1, 0)
+    rungs = open_tables(cluster.results).execute("select max(rung) from trials where job = 'endless'").fetchone()
+    assert 1 <= rungs[0] < 100
     told = cluster.run("stop", "endless", code=2).stderr
     assert told == f"raylab: job endless is not running there ({row['ray_job']}); nothing to stop\n"
 
