@@ -23,6 +23,7 @@ app = typer.Typer(
 ResultsOption = Annotated[Path, typer.Option("--results", help="where results are kept")]
 DataOption = Annotated[Path | None, typer.Option("--data", help="a folder that holds the corpus files, by name")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="SETTING=VALUE, over the job file; repeatable")]
+AddressOption = Annotated[str | None, typer.Option(help="a cluster's dashboard, such as http://HOST:8265")]
 RESULTS = Path("results")
 
 
@@ -64,6 +65,10 @@ def run(
     here: Annotated[bool, typer.Option("--here", help="every trial in this process, without Ray: to debug")] = False,
 ) -> None:
     """Run a job, or what is missing of it; ends with the arms ranked."""
+    if _is_url(address):
+        raise JobError(
+            [f"--address {address}: a dashboard takes jobs by 'raylab submit'; 'run' joins a Ray (auto, IP:PORT)"]
+        )
     _run(_load(job, data, overrides), results, address, here)
 
 
@@ -73,13 +78,95 @@ def resume(
     results: ResultsOption = RESULTS,
     data: DataOption = None,
     overrides: SetOption = None,
-    address: Annotated[str | None, typer.Option(help="a running Ray cluster; else Ray starts here")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="a running Ray cluster, or the URL of its dashboard; else Ray starts here")
+    ] = None,
     here: Annotated[bool, typer.Option("--here", help="every trial in this process, without Ray")] = False,
 ) -> None:
     """Go on with a job from the file kept beside its results."""
+    if address is not None and _is_url(address):
+        from raylab.submission import check_folder, connect, resume_job
+
+        if here:
+            raise JobError(["--here: runs in this process, not on a cluster; leave out --here or --address"])
+        _overrides(overrides)
+        changes = [part for item in overrides or [] for part in ("--set", item)]
+        changes += ["--data", check_folder("--data", str(data))] if data is not None else []
+        with connect(address) as cluster:
+            _tell_submitted(name, address, resume_job(cluster, name, _there(results), changes))
+        return
     from raylab.results import find_job
 
     _run(_load(find_job(results, name), data, overrides), results, address, here)
+
+
+def _is_url(address: str | None) -> bool:
+    return address is not None and address.startswith(("http://", "https://"))
+
+
+def _there(results: Path) -> str | None:
+    """The results folder on a cluster, where one was given."""
+    from raylab.submission import check_folder
+
+    return None if results == RESULTS else check_folder("--results", str(results))
+
+
+def _tell_submitted(name: str, address: str, submission_id: str) -> None:
+    print(submission_id, flush=True)
+    messages.print(
+        f"submitted; follow it with: {shlex.join(['raylab', 'logs', name, '--address', address, '--follow'])}",
+        highlight=False,
+    )
+
+
+@app.command()
+def submit(
+    job: Annotated[Path, typer.Argument(help="the job file")],
+    address: Annotated[str, typer.Option(help="the cluster's dashboard, such as http://HOST:8265")],
+    results: Annotated[Path, typer.Option("--results", help="where results are kept, as the cluster's nodes see it")],
+    data: Annotated[Path | None, typer.Option("--data", help="a folder of the cluster with the corpus files")] = None,
+    overrides: SetOption = None,
+    wait: Annotated[bool, typer.Option("--wait", help="follow the log; end as the job does")] = False,
+) -> None:
+    """Run a job on a cluster, as a Ray Job of its own, and return; prints Ray's id of it."""
+    from raylab.submission import check_folder, connect, submit_job, wait_for
+
+    folder = check_folder("--results", str(results))
+    if data is not None:
+        check_folder("--data", str(data))
+    loaded = _load(job, data, overrides)
+    with connect(address) as cluster:
+        submission_id = submit_job(cluster, loaded, folder)
+        _tell_submitted(loaded.name, address, submission_id)
+        try:
+            state = wait_for(cluster, submission_id) if wait else None
+        except KeyboardInterrupt:
+            again = shlex.join(["raylab", "stop", loaded.name, "--address", address])
+            messages.print(f"no longer followed; the job goes on there. Stop it with: {again}", highlight=False)
+            raise typer.Exit(1) from None
+    if state not in (None, "succeeded"):
+        messages.print(f"job {loaded.name} {state}", highlight=False)
+        raise typer.Exit(1)
+
+
+@app.command()
+def logs(
+    name: Annotated[str, typer.Argument(help="the job's name")],
+    results: ResultsOption = RESULTS,
+    address: AddressOption = None,
+    follow: Annotated[bool, typer.Option("--follow", help="go on printing while it grows")] = False,
+) -> None:
+    """What a job's run has printed."""
+    if address is not None:
+        from raylab.submission import connect, print_logs
+
+        with connect(address) as cluster:
+            print_logs(cluster, name, follow)
+        return
+    from raylab.output import print_log
+    from raylab.results import find_job
+
+    print_log(find_job(results, name).with_name("log.txt"), follow)
 
 
 def _run(job: Any, results: Path, address: str | None, here: bool) -> None:
@@ -116,9 +203,16 @@ def _run(job: Any, results: Path, address: str | None, here: bool) -> None:
 def stop(
     name: Annotated[str, typer.Argument(help="the job's name")],
     results: ResultsOption = RESULTS,
+    address: AddressOption = None,
     now: Annotated[bool, typer.Option("--now", help="at once; what ran since the last rung is done again")] = False,
 ) -> None:
     """Have a running job stop: trials end after their rung, or at once."""
+    if address is not None:
+        from raylab.submission import connect, stop_job
+
+        with connect(address) as cluster:
+            messages.print(stop_job(cluster, name, _there(results), now), highlight=False)
+        return
     from raylab.driver import request_stop
     from raylab.results import find_job
 
@@ -131,15 +225,21 @@ def stop(
 def status(
     name: Annotated[str | None, typer.Argument(help="one job; else all")] = None,
     results: ResultsOption = RESULTS,
+    address: AddressOption = None,
     form: FormatOption = Format.table,
 ) -> None:
     """Trials by state, from the tables."""
+    if address is not None:
+        from raylab.submission import connect, summarise_cluster
 
-    from raylab.results import summarise_jobs
+        with connect(address) as cluster:
+            rows = summarise_cluster(cluster, name, _there(results))
+    else:
+        from raylab.results import summarise_jobs
 
-    rows = summarise_jobs(results, name)
+        rows = summarise_jobs(results, name)
     if not rows and form is Format.table:
-        messages.print(f"no jobs under {results}")
+        messages.print(f"no jobs {f'submitted to {address}' if address else f'under {results}'}")
         return
     print_rows(rows, form)
 

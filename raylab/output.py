@@ -2,12 +2,15 @@
 
 import json
 import sys
+import time
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table as Grid
+
+from raylab.mistakes import JobError
 
 # Tables keep their shape in a pipe or file, where rich would take 80 columns.
 output = Console(width=None if sys.stdout.isatty() else 140)
@@ -64,6 +67,22 @@ def _interval(value: Any, signed: bool = False) -> str:
     sign = "+" if signed else ""
     text = f"{value.mean:{sign}.3f}"
     return text if value.num_seeds < 2 else f"{text} [{value.low:{sign}.3f}, {value.high:{sign}.3f}]"
+
+
+def print_log(path: Path, follow: bool) -> None:
+    """A job's log on stdout; with `follow`, what is added too, until Ctrl-C. Raises JobError where there is none."""
+    try:
+        stream = path.open(errors="replace")
+    except OSError:
+        raise JobError([f"job {path.parent.name}: no log yet ({path}); 'raylab run' writes it"]) from None
+    with stream:
+        while True:
+            print(stream.read(), end="", flush=True)
+            if not follow:
+                return
+            time.sleep(0.2)
+            if path.exists() and path.stat().st_size < stream.tell():  # begun anew
+                stream.seek(0)
 
 
 def print_ranking(job: Any, results: Path, split: str = "validation") -> None:

@@ -12,7 +12,7 @@ import raylab
 
 PACKAGE = Path(raylab.__file__).parent
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
-KNOW_RAY = {"tuning", "workers"}
+KNOW_RAY = {"submission", "tuning", "workers"}
 
 
 def list_imports(module: str, *, top_only: bool) -> set[str]:
