@@ -69,7 +69,7 @@ def _interval(value: Any, signed: bool = False) -> str:
 def print_ranking(job: Any, results: Path, split: str = "validation") -> None:
     """Arms by cell on stdout: value, difference to the base arm, held-out measures."""
     from raylab.preparation import name_point, prepare
-    from raylab.ranking import label_arms, list_cells, rank_arms, summarise_heldout
+    from raylab.ranking import find_front, label_arms, list_cells, rank_arms, summarise_heldout
     from raylab.search import is_current
     from raylab.tables import list_trials
 
@@ -90,6 +90,14 @@ def print_ranking(job: Any, results: Path, split: str = "validation") -> None:
             grid.add_row(
                 row.arm, row.label, _interval(row.value), _interval(row.difference, True) if row.difference else ""
             )
+        output.print(grid)
+    if len(job.search.targets) > 1 and (front := find_front(results, job, base, split, arms)):
+        names = [f"{t.metric} of {t.task} ({t.mode})" for t in job.search.targets]
+        grid = Grid(title=f"{job.name}, {split}: Pareto front, the arms that no other beats on every target")
+        for column in ("arm", "settings", *names):
+            grid.add_column(column, overflow="fold")
+        for member in front:
+            grid.add_row(member.arm, member.label, *(_interval(value) for value in member.values))
         output.print(grid)
     heldout = {arm: found for arm, found in summarise_heldout(results, job).items() if arm in arms}
     if heldout and split == "validation":

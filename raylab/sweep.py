@@ -19,7 +19,7 @@ from raylab.mistakes import InfeasibleError, JobError
 from raylab.preparation import Preparation, make_spec, name_point, prepare
 from raylab.pretrain import make_units, open_data
 from raylab.progress import SweepProgress
-from raylab.search import Search, read_targets
+from raylab.search import Request, Search, list_refused, read_targets
 from raylab.settings import list_settings, with_settings
 from raylab.specs import Job, TrialSpec
 from raylab.tables import now, read_trial, write_rows
@@ -60,7 +60,12 @@ def run_job(
         for index, seed in enumerate(seeds):
             score_baselines(results, job, splits[seed], seed, memory=memory)
             progress.tell("baselines", index + 1, len(seeds))
-        search = Search(job, results, lambda values: name_point(preparation, values)[0])
+        search = Search(
+            job,
+            results,
+            lambda values: name_point(preparation, values)[0],
+            record=lambda request, error: _record_refused(job, results, request, error),
+        )
         sweep = Sweep(preparation, search, progress)
         if here:
             _run_here(sweep)
@@ -101,6 +106,23 @@ def _keep_job(path: Path, job: Job) -> None:
     scratch = path.with_name(".job.yaml")
     scratch.write_text(dump_yaml(job))
     os.replace(scratch, path)
+
+
+def _record_refused(job: Job, results: Path, request: Request, error: str) -> None:
+    """Writes the row of a point of the space that can't be an arm."""
+    row = {
+        **list_refused(job, request.values),
+        "arm": request.arm,
+        "phase": request.phase,
+        "seed": request.seed,
+        "status": "infeasible",
+        "rung": 0,
+        "attempts": 0,
+        "error": error,
+        "started_at": now(),
+        "updated_at": now(),
+    }
+    write_rows(results, job.name, "trials", name_trial(request.arm, request.seed), [row])
 
 
 def _describe_left_out(split: SplitCorpus) -> Iterator[str]:
