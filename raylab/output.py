@@ -71,6 +71,7 @@ def print_ranking(job: Any, results: Path, split: str = "validation") -> None:
     from raylab.preparation import name_point, prepare
     from raylab.ranking import find_front, label_arms, list_cells, rank_arms, summarise_heldout
     from raylab.search import is_current
+    from raylab.settings import resolve_target
     from raylab.tables import list_trials
 
     preparation = prepare(job, results)
@@ -92,7 +93,8 @@ def print_ranking(job: Any, results: Path, split: str = "validation") -> None:
             )
         output.print(grid)
     if len(job.search.targets) > 1 and (front := find_front(results, job, base, split, arms)):
-        names = [f"{t.metric} of {t.task} ({t.mode})" for t in job.search.targets]
+        told = [(resolve_target(job, target), target.mode) for target in job.search.targets]
+        names = [", ".join(f"{k}={v}" for k, v in cell.items() if v is not None) + f" ({mode})" for cell, mode in told]
         grid = Grid(title=f"{job.name}, {split}: Pareto front, the arms that no other beats on every target")
         for column in ("arm", "settings", *names):
             grid.add_column(column, overflow="fold")

@@ -165,18 +165,25 @@ class Search:
             if row["phase"] != "search" or arm in self.arms or arm in self.refused or len(self.arms) >= self.num_arms:
                 continue
             values = read_values(self.job, row)
-            if is_current(self.job, row, self.name_point) or self._was_refused(row, values):
+            current = is_current(self.job, row, self.name_point)
+            if current or self._was_refused(row, values):
                 study.enqueue_trial(encode_point(self.job, values))
                 trial = study.ask()
-                self._take(suggest_point(trial, self.job), trial)
+                suggest_point(trial, self.job)
+                if current:
+                    self._add(arm, values, trial)
+                else:
+                    self._refuse(values, trial, row["error"])
 
     def _was_refused(self, row: Mapping[str, Any], values: Values) -> bool:
-        """Whether a row is of a point that can't be an arm, which is still to be shown."""
-        return (
-            row["status"] == "infeasible"
-            and _is_point(self.job, values)
-            and row["arm"] == name_refused(self.job, values)
-        )
+        """Whether a row is of a point of this job that couldn't be an arm, and can't be one now."""
+        if row["status"] != "infeasible" or row["arm"] != name_refused(self.job, values):
+            return False
+        try:
+            self.name_point(values)
+        except JobError:
+            return _is_point(self.job, values)
+        return False
 
     @property
     def num_planned(self) -> int:
@@ -226,7 +233,7 @@ class Search:
         self._take(suggest_point(trial, self.job), trial)
 
     def _take(self, values: Values, trial: optuna.Trial | None) -> None:
-        """Makes an arm of a point that is new and can work."""
+        """A point that was asked for: a new arm, a known one, or none."""
         try:
             arm = self.name_point(values)
         except JobError as error:
@@ -234,7 +241,11 @@ class Search:
             return
         if arm in self.arms:
             self._repeat(trial)
-            return
+        else:
+            self._add(arm, values, trial)
+
+    def _add(self, arm: str, values: Values, trial: optuna.Trial | None) -> None:
+        """A new arm: its trials that are done are noted, the others queued."""
         self.repeats = self.known = 0
         self.arms[arm] = Arm(values, trial, set(self.job.search.seeds))
         for seed in self.job.search.seeds:
