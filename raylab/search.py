@@ -169,6 +169,8 @@ class Search:
             if current or self._was_refused(row, values):
                 study.enqueue_trial(encode_point(self.job, values))
                 trial = study.ask()
+                # Given values would pass the sampler by: nsga2 counts a trial in its generation only when it is asked.
+                assert trial.relative_params is not None
                 suggest_point(trial, self.job)
                 if current:
                     self._add(arm, values, trial)
