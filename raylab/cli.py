@@ -173,7 +173,8 @@ def _run(job: Any, results: Path, address: str | None, here: bool) -> None:
     from raylab.progress import SweepProgress
     from raylab.sweep import run_job
 
-    progress = SweepProgress(messages)
+    # A live block would get in a debugger's way.
+    progress = SweepProgress(messages, job.name, live=False if here else None)
     given = [*(("--results", str(results)) if results != RESULTS else ()), *(("--address", address) if address else ())]
     again = shlex.join(["raylab", "resume", job.name, *given])
     try:
@@ -370,8 +371,8 @@ def _call(act: Callable[[], Any], debug: bool) -> int:
             raise
         from raylab.mistakes import describe_error, find_storage_problem
 
-        if problem := find_storage_problem(error):
-            print(f"raylab: the results can't be read or written ({problem}); mend that and try again", file=sys.stderr)
+        if trouble := find_storage_problem(error):
+            print(f"raylab: the results can't be read or written ({trouble}); mend that and try again", file=sys.stderr)
             return 1
         # The message of an unforeseen error could quote a text: its kind and place must do.
         print(f"raylab: {describe_error(error)}", file=sys.stderr)

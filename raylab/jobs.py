@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from raylab.designs import check_design
 from raylab.explanations import explain, inner_types
 from raylab.mistakes import JobError
 from raylab.settings import (
@@ -27,8 +28,9 @@ from raylab.settings import (
     list_settings,
     list_unread,
     possible_values,
+    resolve_target,
 )
-from raylab.specs import Choices, Job, Range
+from raylab.specs import ADAPTIVE, Choices, Job, Range
 
 
 class _Loader(yaml.SafeLoader):
@@ -221,7 +223,13 @@ def check_job(raw: dict[str, Any], own: dict[str, Any] | None = None) -> Job:
         job = Job.model_validate_json(json.dumps(raw))
     except ValidationError as error:
         raise JobError(explain(error)) from None
-    problems = [*_check_space(job), *_check_references(job), *_check_blocks(job, own or {}), *check_settings(job)]
+    wrong = _check_space(job)
+    problems = [
+        *(wrong or check_design(job)),
+        *_check_references(job),
+        *_check_blocks(job, own or {}),
+        *check_settings(job),
+    ]
     if problems:
         raise JobError(list(dict.fromkeys(problems)))
     return job
@@ -269,8 +277,8 @@ def _check_space(job: Job) -> list[str]:
             elif not any(t is float for t in inner_types(SETTINGS[name].annotation)):
                 problems.append(f"{where}: is not a number; list its 'choices'")
                 continue
-            if job.search.design == "grid" and (entry.log or (entry.step is None and not is_integer(name))):
-                problems.append(f"{where}: a grid needs 'choices', or a range with a 'step'")
+            if job.search.design not in ADAPTIVE and (entry.log or (entry.step is None and not is_integer(name))):
+                problems.append(f"{where}: design {job.search.design} needs 'choices', or a range with a 'step'")
         field = SETTINGS[name]
         annotation: Any = typing.Annotated[field.annotation, field] if field.metadata else field.annotation
         adapter: TypeAdapter[Any] = TypeAdapter(annotation)
@@ -346,6 +354,10 @@ def _check_references(job: Job) -> list[str]:
                 valid = [str(v) for v in possible[name]]
                 key = "probe" if name == "probes" else name
                 problems.append(f"{where}.{key}: {value!r} is not evaluated; {near(str(value), valid)}")
+    measured = [(target.table, resolve_target(job, target)) for target in job.search.targets]
+    for index, cell in enumerate(measured):
+        if cell in measured[:index]:
+            problems.append(f"search.targets.{index}: is the same value as target {measured.index(cell)}; remove one")
     return problems
 
 

@@ -88,8 +88,9 @@ def print_log(path: Path, follow: bool) -> None:
 def print_ranking(job: Any, results: Path, split: str = "validation") -> None:
     """Arms by cell on stdout: value, difference to the base arm, held-out measures."""
     from raylab.preparation import name_point, prepare
-    from raylab.ranking import label_arms, list_cells, rank_arms, summarise_heldout
+    from raylab.ranking import find_front, label_arms, list_cells, rank_arms, summarise_heldout
     from raylab.search import is_current
+    from raylab.settings import resolve_target
     from raylab.tables import list_trials
 
     preparation = prepare(job, results)
@@ -109,6 +110,15 @@ def print_ranking(job: Any, results: Path, split: str = "validation") -> None:
             grid.add_row(
                 row.arm, row.label, _interval(row.value), _interval(row.difference, True) if row.difference else ""
             )
+        output.print(grid)
+    if len(job.search.targets) > 1 and (front := find_front(results, job, base, split, arms)):
+        told = [(resolve_target(job, target), target.mode) for target in job.search.targets]
+        names = [", ".join(f"{k}={v}" for k, v in cell.items() if v is not None) + f" ({mode})" for cell, mode in told]
+        grid = Grid(title=f"{job.name}, {split}: Pareto front, the arms that no other beats on every target")
+        for column in ("arm", "settings", *names):
+            grid.add_column(column, overflow="fold")
+        for member in front:
+            grid.add_row(member.arm, member.label, *(_interval(value) for value in member.values))
         output.print(grid)
     heldout = {arm: found for arm, found in summarise_heldout(results, job).items() if arm in arms}
     if heldout and split == "validation":

@@ -12,12 +12,12 @@ from rich.table import Table as Grid
 
 from raylab.batches import describe_spans
 from raylab.corpus import DOCUMENTS, TRAIN, metadata_fields
+from raylab.designs import count_trials, list_levels, list_points
 from raylab.explanations import explain
 from raylab.mistakes import JobError
 from raylab.preparation import Preparation, make_spec, name_point, prepare
-from raylab.search import Search, list_points, list_values
 from raylab.settings import OBJECTIVE_BLOCKS, with_settings
-from raylab.specs import Choices, Job, TrialSpec
+from raylab.specs import ADAPTIVE, Choices, Job, TrialSpec
 from raylab.stages import open_stage, read_info
 from raylab.tables import list_trials
 from raylab.tokens import open_tokens
@@ -42,14 +42,13 @@ def plan_job(job: Job, results: Path) -> dict[str, Any]:
 
 def _plan_arms(preparation: Preparation) -> dict[str, Any]:
     job, results = preparation.job, preparation.results
-    search = Search(job, results, lambda values: name_point(preparation, values)[0])
     infeasible: list[str] = []
     points: list[tuple[dict[str, Any], int]]
     seeds, confirm = job.search.seeds, job.search.confirm
-    if search.adaptive:
+    if job.search.design in ADAPTIVE:
         # Which arms a search will ask for isn't known; the base arm stands for their cost.
-        arms, points = search.num_arms, [({}, search.num_arms)]
-        trials = search.num_planned
+        arms = job.search.num_arms or 0
+        points = [({}, arms)]
     else:
         points, known = [], set[str]()
         for values in list_points(job):
@@ -61,15 +60,16 @@ def _plan_arms(preparation: Preparation) -> dict[str, Any]:
             if arm not in known:
                 known.add(arm)
                 points.append((values, 1))
-        arms, trials = len(points), len(points) * len(seeds)
+        arms = len(points)
+    trials = count_trials(job, arms)
     tokens = pretrainings = 0
     for values, count in points:
         _, arm_job = name_point(preparation, values)
         if arm_job.pretrain.objective != "none":
             tokens += arm_job.pretrain.num_tokens * len(seeds) * count
             pretrainings += len(seeds) * count
-    if confirm and search.adaptive:
-        extra = (min(confirm.top, search.num_arms) + 1) * len(confirm.seeds)
+    if confirm:
+        extra = trials - arms * len(seeds)
         tokens += extra * job.pretrain.num_tokens
         pretrainings += extra
     done = [
@@ -215,8 +215,8 @@ def _span_settings(job: Job) -> list[dict[str, Any]]:
     """Every combination of the settings that decide which documents are kept: a handful, listed whole."""
     settings: list[dict[str, Any]] = [{}]
     for field in ("num_anchors", "max_span", "min_span", "short_documents", "min_document_length"):
-        entry = job.search.space.get(f"pretrain.declutr.{field}")
-        values = list_values(f"pretrain.declutr.{field}", entry) if entry else [getattr(job.pretrain.declutr, field)]
+        name = f"pretrain.declutr.{field}"
+        values = list_levels(job, name) if name in job.search.space else [getattr(job.pretrain.declutr, field)]
         settings = [{**others, field: value} for others in settings for value in values]
     return settings
 

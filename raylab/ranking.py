@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
+from raylab.fronts import rank_fronts
 from raylab.results import SeedValue, open_tables, read_cell, read_heldout
 from raylab.settings import resolve_target
 from raylab.specs import Job, Target
@@ -32,6 +33,14 @@ class RankedArm(NamedTuple):
     label: str
     value: Interval
     difference: Interval | None
+
+
+class FrontArm(NamedTuple):
+    """An arm of the Pareto front, and its value of each target."""
+
+    arm: str
+    label: str
+    values: tuple[Interval, ...]
 
 
 def compute_interval(values: list[float]) -> Interval:
@@ -90,6 +99,26 @@ def rank_arms(
         label = "base" if arm == base and not labels.get(arm) else labels.get(arm) or arm
         ranked.append(RankedArm(arm, label, compute_interval(list(values.values())), difference))
     return sorted(ranked, key=lambda row: row.value.mean, reverse=mode == "max")
+
+
+def find_front(
+    results: Path, job: Job, base: str, split: str = "validation", arms: Collection[str] | None = None
+) -> list[FrontArm]:
+    """The arms that no other arm beats on every target, by their means; the best on the first target stands first.
+
+    Counted are complete trials of fixed designs and confirmations, of arms with a value for every target; no baselines.
+    """
+    found = []
+    for target in job.search.targets:
+        ranked = rank_arms(results, job, target.table, resolve_target(job, target), target.mode, base, split, arms)
+        found.append({row.arm: row for row in ranked if not row.arm.startswith(BASELINE)})
+    shared = [arm for arm in found[0] if all(arm in other for other in found)] if found else []
+    if not shared:
+        return []
+    signs = [-1.0 if target.mode == "min" else 1.0 for target in job.search.targets]
+    means = np.array([[rows[arm].value.mean for rows in found] for arm in shared]) * signs
+    front = [arm for arm, rank in zip(shared, rank_fronts(means), strict=True) if rank == 0]
+    return [FrontArm(arm, found[0][arm].label, tuple(rows[arm].value for rows in found)) for arm in front]
 
 
 def _read_values(results: Path, job: Job, table: str, cell: dict[str, Any], split: str) -> Iterator[SeedValue]:

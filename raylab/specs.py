@@ -6,6 +6,9 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from raylab.blocks import Corpus, Encoder, Evaluate, Model, Name, Positive, Pretrain, Seed
 
+# The designs that ask for one arm after another; the others run arms that are known from the start.
+ADAPTIVE = ("random", "tpe", "nsga2")
+
 
 class Target(Model):
     """The value a search optimises: a validation score or geometry, mean over draws and seeds, at the last rung."""
@@ -23,7 +26,7 @@ class Target(Model):
 class Confirm(Model):
     """The best arms of a search run again on fresh seeds, to the end: only these are ranked."""
 
-    top: int = Field(3, ge=1)
+    top: int = Field(3, ge=1, description="of several targets: front by front, the least crowded first")
     seeds: tuple[Seed, ...] = Field((1, 2, 3), min_length=1)
 
 
@@ -66,32 +69,44 @@ class Search(Model):
     """Which arms are run on which seeds."""
 
     space: dict[str, Entry] = Field({}, description="dotted setting -> choices or range; or a YAML file of it")
-    design: Literal["grid", "random", "tpe"] = "grid"
-    num_arms: int | None = Field(None, ge=1, description="random and tpe: how many arms are searched")
+    design: Literal["grid", "one_factor", "leave_one_out", "factorial", "random", "tpe", "nsga2"] = Field(
+        "grid",
+        description="grid: every point; one_factor: the base arm and each listed value alone; leave_one_out: the base "
+        "arm without each component; factorial: every level with every other; random, tpe, nsga2: asked arm by arm",
+    )
+    num_arms: int | None = Field(None, ge=1, description="random, tpe and nsga2: how many arms are searched")
     seeds: tuple[Seed, ...] = Field((0,), min_length=1)
     sampler_seed: Seed = 0
-    targets: tuple[Target, ...] = Field((), max_length=1)
-    early_stopping: Literal["none", "successive_halving"] = "none"
+    targets: tuple[Target, ...] = Field((), description="several: a search for the arms that no other beats on all")
+    early_stopping: Literal["none", "successive_halving"] = Field("none", description="needs exactly one target")
     confirm: Confirm | None = None
 
     @model_validator(mode="after")
     def _design_fits(self) -> Self:
-        if self.design == "grid":
-            if self.num_arms is not None:
-                raise ValueError("'num_arms' is for random and tpe: a grid runs every point")
-            if self.confirm is not None:
-                raise ValueError("'confirm' is for random and tpe: a grid runs every arm on every seed")
-            if self.early_stopping != "none":
-                raise ValueError("a grid runs to the end: 'early_stopping' must be none")
+        problems: list[str] = []
+        needed: tuple[str, ...]
+        adaptive = ", ".join(ADAPTIVE[:-1]) + f" and {ADAPTIVE[-1]}"
+        if self.design in ADAPTIVE:
+            needed = ("num_arms", "targets", "space")
+            if self.early_stopping != "none" and len(self.targets) > 1:
+                problems.append("'early_stopping' needs exactly one target; set it to none, or keep one target")
         else:
-            for needed in ("num_arms", "targets", "space"):
-                if not getattr(self, needed):
-                    raise ValueError(f"design '{self.design}' needs '{needed}'")
+            needed = () if self.design == "grid" else ("space",)
+            rule = f"design '{self.design}' runs all its arms on every seed to the end"
+            if self.num_arms is not None:
+                problems.append(f"'num_arms' is for {adaptive}: {rule}; remove it")
+            if self.confirm is not None:
+                problems.append(f"'confirm' is for {adaptive}: {rule}; remove it")
+            if self.early_stopping != "none":
+                problems.append(f"'early_stopping' is for {adaptive}: {rule}; set it to none")
+        problems += [f"design '{self.design}' needs '{name}'; add it" for name in needed if not getattr(self, name)]
         for where, seeds in (("seeds", self.seeds), ("confirm.seeds", self.confirm.seeds if self.confirm else ())):
             if len(set(seeds)) < len(seeds):
-                raise ValueError(f"'{where}' names a seed twice")
+                problems.append(f"'{where}' names a seed twice; keep one")
         if self.confirm and set(self.confirm.seeds) & set(self.seeds):
-            raise ValueError("confirm.seeds must be fresh: none of them may be among seeds")
+            problems.append("confirm.seeds must be fresh: none of them may be among seeds")
+        if problems:
+            raise ValueError("; and ".join(problems))
         return self
 
 

@@ -5,7 +5,6 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,16 +16,15 @@ from raylab.driver import claim_job, read_stop, request_stop
 from raylab.identity import name_trial
 from raylab.jobs import dump_yaml
 from raylab.judge import decide
-from raylab.mistakes import BusyError, InfeasibleError, Interrupted, JobError, find_storage_problem
+from raylab.mistakes import BusyError, InfeasibleError, JobError, find_storage_problem
 from raylab.preparation import Preparation, make_spec, name_point, prepare
-from raylab.pretrain import list_rungs, make_units, open_data
+from raylab.pretrain import make_units, open_data
 from raylab.progress import SweepProgress
 from raylab.repair import repair_job
-from raylab.search import Request, Search, is_current, read_targets, read_values
-from raylab.settings import label_values, list_settings, with_settings
-from raylab.specs import Job, TrialSpec
-from raylab.stages import is_building, open_stage
-from raylab.tables import list_trials, now, read_trial, write_rows
+from raylab.schedule import LOOK_SECONDS, Schedule
+from raylab.search import Request, Search, list_refused
+from raylab.specs import Job
+from raylab.tables import now, write_rows
 from raylab.trial import run_trial, set_threads
 
 # Ray reads these when it is imported. Quiet; no local token file; only one trial waits beside those that run, so that
@@ -42,12 +40,6 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
-# How often a trial's process may die without a new rung in between, and how often its code may fail.
-MOST_DEATHS = 3
-MOST_CRASHES = 2
-# How often a driver looks for a request to stop, and how often it measures the disk; seconds.
-LOOK_SECONDS = 1
-DISK_SECONDS = 60
 
 
 class Ended(NamedTuple):
@@ -79,21 +71,26 @@ def run_job(
         for index, seed in enumerate(seeds):
             score_baselines(results, job, splits[seed], seed, memory=memory)
             progress.tell("baselines", index + 1, len(seeds))
-        search = Search(job, results, lambda values: name_point(preparation, values)[0])
-        sweep = Sweep(preparation, search, progress, token)
-        sweep.tell_kept()
+        search = Search(
+            job,
+            results,
+            lambda values: name_point(preparation, values)[0],
+            record=lambda request, error: _record_refused(job, results, request, error),
+        )
+        schedule = Schedule(preparation, search, progress, token)
+        schedule.tell_kept()
         with _stop_on_sigterm(results, job.name):
             if here:
-                _run_here(sweep)
+                _run_here(schedule)
             else:
-                _run_tune(sweep)
+                _run_tune(schedule)
         for note in dict.fromkeys(search.notes):
             progress.note(note)
-        if sweep.why is None:
+        if schedule.why is None:
             prune_checkpoints(results, job)
-        if not sweep.storage_failed:
+        if not schedule.storage_failed:
             note_disk(results, job.name)
-    return Ended(dict(progress.states), sweep.why, sweep.by_limit)
+    return Ended(dict(progress.states), schedule.why, schedule.by_limit)
 
 
 @contextlib.contextmanager
@@ -146,6 +143,23 @@ def _keep_job(path: Path, job: Job) -> None:
     os.replace(scratch, path)
 
 
+def _record_refused(job: Job, results: Path, request: Request, error: str) -> None:
+    """Writes the row of a point of the space that can't be an arm."""
+    row = {
+        **list_refused(job, request.values),
+        "arm": request.arm,
+        "phase": request.phase,
+        "seed": request.seed,
+        "status": "infeasible",
+        "rung": 0,
+        "attempts": 0,
+        "error": error,
+        "started_at": now(),
+        "updated_at": now(),
+    }
+    write_rows(results, job.name, "trials", name_trial(request.arm, request.seed), [row])
+
+
 def _describe_left_out(split: SplitCorpus) -> Iterator[str]:
     """A line a table of which rows were left out: counts, never text."""
     for name, counts in split.counts.items():
@@ -154,244 +168,12 @@ def _describe_left_out(split: SplitCorpus) -> Iterator[str]:
             yield f"{name}: {counts['rows_read']} rows read; " + ", ".join(f"{v} {k}" for k, v in left_out.items())
 
 
-class Prepared(NamedTuple):
-    """A trial that could start, and the stages of its pre-training's rungs."""
-
-    spec: TrialSpec
-    rungs: tuple[str, ...]
-
-
-class Running(NamedTuple):
-    """A trial that was handed out: the stages of its pre-training's rungs, and when it was."""
-
-    rungs: tuple[str, ...]
-    since: float
-
-
-@dataclass
-class Sweep:
-    """A job under way: where trials come from and where their rows go, whoever runs them."""
-
-    preparation: Preparation
-    search: Search
-    progress: SweepProgress
-    token: str
-    why: str | None = None
-    by_limit: bool = False
-    storage_failed: bool = False
-    noted: set[str] = field(default_factory=set)
-    running: dict[str, Running] = field(default_factory=dict)
-    prepared: dict[str, Prepared] = field(default_factory=dict)
-    others: dict[str, tuple[float, bool]] = field(default_factory=dict)
-    deaths: dict[str, tuple[int, int]] = field(default_factory=dict)
-    crashes: dict[str, int] = field(default_factory=dict)
-    gpu_seconds: dict[str, float] = field(default_factory=dict)
-    started: float = field(default_factory=time.monotonic)
-    looked: float = float("-inf")
-    measured: float = float("-inf")
-
-    def __post_init__(self) -> None:
-        for row in list_trials(self.results, self.name):
-            self.gpu_seconds[row["trial_id"]] = row["gpu_seconds"] or 0.0
-
-    def tell_kept(self) -> None:
-        """What the tables hold of this job already goes into the display."""
-        progress, job = self.progress, self.preparation.job
-        progress.targets = [f"{target.task} {target.metric}" for target in job.search.targets]
-        progress.planned = self.search.num_planned
-        for row in self.search.done.values():
-            if is_current(job, row, self.search.name_point):
-                progress.keep_trial(row, read_targets(row), self.search.signs, label_values(read_values(job, row)))
-
-    @property
-    def results(self) -> Path:
-        """The results folder."""
-        return self.preparation.results
-
-    @property
-    def name(self) -> str:
-        """The job's name."""
-        return self.preparation.job.name
-
-    def next_trial(self) -> TrialSpec | None:
-        """The next trial; None while only running ones, or other jobs, can bring more. Raises StopIteration at the end.
-
-        Trials that share a pre-training run one after another, so that none holds a GPU to wait. A trial that can't
-        work (an encoder that is gone) is recorded as infeasible and passed over.
-        """
-        while True:
-            self.look()
-            if self.why is not None:
-                raise StopIteration
-            request = self.search.next_request(self._is_held)
-            if request is None:
-                return None
-            trial_id = name_trial(request.arm, request.seed)
-            self.progress.start_trial(trial_id)
-            try:
-                ready = self._prepare(request)
-            except JobError as error:
-                self._record(trial_id, "infeasible", error.problems[0])
-                self._take(trial_id)
-                continue
-            except OSError as error:
-                self._halt_for_storage(error)
-                self._retry(trial_id, "the results can't be written")
-                continue
-            del self.prepared[trial_id]
-            self.running[trial_id] = Running(ready.rungs, time.monotonic())
-            return ready.spec
-
-    def _prepare(self, request: Request) -> Prepared:
-        trial_id = name_trial(request.arm, request.seed)
-        if trial_id not in self.prepared:
-            spec = make_spec(self.preparation, request.values, request.seed, request.phase)
-            spec = spec.model_copy(update={"driver": self.token})
-            self.prepared[trial_id] = Prepared(spec, tuple(link.stage_id for link in list_rungs(spec)[1:]))
-            while self.preparation.notes:
-                self.note(self.preparation.notes.pop(0))
-        return self.prepared[trial_id]
-
-    def _is_held(self, request: Request) -> bool:
-        """Whether a trial must wait for a pre-training that another one, of this job or of another, is doing."""
-        try:
-            rungs = self._prepare(request).rungs
-        except (JobError, OSError):
-            return False  # told when the trial is to start
-        if not rungs:
-            return False
-        if any(rungs == other.rungs for other in self.running.values()):
-            return open_stage(self.results, rungs[-1]) is None
-        looked, held = self.others.get(rungs[-1], (float("-inf"), False))
-        if time.monotonic() - looked > LOOK_SECONDS:
-            held = any(is_building(self.results, stage_id) for stage_id in rungs)
-            self.others[rungs[-1]] = (time.monotonic(), held)
-        return held
-
-    def finish_trial(self, trial_id: str, end: str) -> None:
-        """Takes the end of a trial: `done` (its row says how), `waiting`, `died` or `crashed`, or why files fail.
-
-        A trial whose process died goes on from its last rung, one whose code failed is tried once more; the tables are
-        the record. One that can't write ends the sweep: it is no fault of the trial.
-        """
-        self.running.pop(trial_id, None)
-        try:
-            row = read_trial(self.results, self.name, trial_id)
-            if end == "waiting":
-                self._retry(trial_id, "another process trains what it needs")
-            elif end == "superseded":
-                raise Interrupted
-            elif end not in ("done", "died"):
-                self._halt(f"the results can't be written ({end}); mend that")
-                self.storage_failed = True
-                self._retry(trial_id, end)
-            elif end == "died" and self._may_try_again(trial_id, row):
-                self._retry(trial_id, "its process died" if row is None or row["error"] is None else row["error"])
-            elif end == "done" and row is not None and row["status"] == "running":
-                self.looked = float("-inf")  # it saw a request to stop that this process may not have seen yet
-                self._retry(trial_id, "stopped after its rung")
-            else:
-                if row is None or row["status"] == "running":
-                    self._record(
-                        trial_id, "failed", f"its process died {MOST_DEATHS} times without a new rung; out of memory?"
-                    )
-                self._take(trial_id)
-        except OSError as error:
-            self._halt_for_storage(error)
-
-    def _may_try_again(self, trial_id: str, row: dict[str, Any] | None) -> bool:
-        if row is not None and row["status"] == "failed":
-            self.crashes[trial_id] = self.crashes.get(trial_id, 0) + 1
-            return self.crashes[trial_id] < MOST_CRASHES
-        rung = row["rung"] if row else 0
-        before, count = self.deaths.get(trial_id, (rung, 0))
-        self.deaths[trial_id] = (rung, count + 1 if rung == before else 1)
-        return self.deaths[trial_id][1] < MOST_DEATHS
-
-    def _retry(self, trial_id: str, why: str) -> None:
-        self.search.retry(trial_id)
-        self.progress.retry_trial(trial_id, why)
-
-    def _take(self, trial_id: str) -> None:
-        """A trial's last row goes into the search and the display."""
-        row = read_trial(self.results, self.name, trial_id)
-        assert row is not None
-        self.gpu_seconds[trial_id] = row["gpu_seconds"] or 0.0
-        label = label_values(self.search.running[trial_id].values)
-        self.search.finish(trial_id, row)
-        self.progress.finish_trial(row, read_targets(row), self.search.signs, self.search.num_planned, label)
-
-    def _record(self, trial_id: str, status: str, error: str) -> None:
-        """Writes what became of a trial that could not do it itself."""
-        request = self.search.running[trial_id]
-        known = read_trial(self.results, self.name, trial_id) or {
-            **list_settings(with_settings(self.preparation.job, request.values)),
-            "arm": request.arm,
-            "phase": request.phase,
-            "seed": request.seed,
-            "rung": 0,
-            "attempts": 1,
-            "started_at": now(),
-        }
-        row = known | {"trial_id": trial_id, "status": status, "error": error, "updated_at": now()}
-        write_rows(self.results, self.name, "trials", trial_id, [row])
-
-    def note(self, line: str) -> None:
-        """A line about the sweep, told once."""
-        if line not in self.noted:
-            self.noted.add(line)
-            self.progress.note(line)
-
-    def look(self) -> None:
-        """Ends the sweep where it was asked to stop or has reached a limit. Raises Interrupted for a stop at once."""
-        clock = time.monotonic()
-        if clock - self.looked < LOOK_SECONDS:
-            return
-        self.looked = clock
-        stop = read_stop(self.results, self.name)
-        if stop == "now":
-            raise Interrupted
-        if self.why is not None:
-            return
-        if stop == "rung":
-            self._halt("it was asked to stop")
-            return
-        limits = self.preparation.job.limits
-        if limits.hours is not None and clock - self.started > limits.hours * 3600:
-            self._halt(f"limits.hours: {limits.hours:g} reached", by_limit=True)
-        spent = (sum(self.gpu_seconds.values()) + self._running_gpu_seconds(clock)) / 3600
-        if limits.gpu_hours is not None and spent > limits.gpu_hours:
-            self._halt(f"limits.gpu_hours: {spent:.2f} of {limits.gpu_hours:g} used", by_limit=True)
-        if limits.disk_gb is not None and clock - self.measured > DISK_SECONDS:
-            self.measured = clock
-            disk = note_disk(self.results, self.name)
-            used = (disk["tables_bytes"] + disk["stages_bytes"]) / 1e9
-            if used > limits.disk_gb:
-                self._halt(f"limits.disk_gb: {used:.2f} of {limits.disk_gb:g} used", by_limit=True)
-
-    def _running_gpu_seconds(self, clock: float) -> float:
-        resources = self.preparation.job.resources
-        gpus = (resources.gpus_per_worker or 0.0) * resources.workers
-        return gpus * sum(clock - other.since for other in self.running.values())
-
-    def _halt(self, why: str, *, by_limit: bool = False) -> None:
-        """No trial starts any more, and those that run end after their rung."""
-        self.why, self.by_limit = why, by_limit
-        self.note(f"{why}: no new trial is started, those that run end after their rung")
-        with contextlib.suppress(OSError, JobError):
-            request_stop(self.results, self.name, now=False)
-
-    def _halt_for_storage(self, error: OSError) -> None:
-        self._halt(f"the results can't be written ({find_storage_problem(error) or type(error).__name__}); mend that")
-        self.storage_failed = True
-
-
-def _run_here(sweep: Sweep) -> None:
+def _run_here(schedule: Schedule) -> None:
     """Every trial in this process, one after another; an error in one is raised, for the debugger."""
-    set_threads(sweep.preparation.job.resources.cpus_per_worker)
+    set_threads(schedule.preparation.job.resources.cpus_per_worker)
     while True:
         try:
-            spec = sweep.next_trial()
+            spec = schedule.next_trial()
         except StopIteration:
             return
         if spec is None:  # another job trains what all that is left needs
@@ -399,18 +181,18 @@ def _run_here(sweep: Sweep) -> None:
             continue
         try:
             run_trial(spec, decide=decide)
-            sweep.finish_trial(spec.trial_id, "done")
+            schedule.finish_trial(spec.trial_id, "done")
         except BusyError:
-            sweep.finish_trial(spec.trial_id, "waiting")
+            schedule.finish_trial(spec.trial_id, "waiting")
         except Exception as error:
             problem = find_storage_problem(error)
             if problem is None:
                 raise
-            sweep.finish_trial(spec.trial_id, problem)
+            schedule.finish_trial(spec.trial_id, problem)
 
 
-def _run_tune(sweep: Sweep) -> None:
+def _run_tune(schedule: Schedule) -> None:
     """Every trial on the Ray of the session."""
     from raylab.tuning import run_tune
 
-    run_tune(sweep.preparation.job, sweep)
+    run_tune(schedule.preparation.job, schedule)

@@ -23,7 +23,7 @@ NODE_SECONDS = 5
 
 
 class Runnable(Protocol):
-    """What gives the trials and takes their ends: a `sweep.Sweep`."""
+    """What gives the trials and takes their ends: a `schedule.Schedule`."""
 
     def next_trial(self) -> TrialSpec | None:
         """The next trial, None to wait; raises StopIteration at the end."""

@@ -14,14 +14,16 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from raylab import sweep
+from raylab import schedule, sweep
 from raylab.driver import claim_job, is_driven, read_stop, request_stop
 from raylab.jobs import dump_yaml, load_job
 from raylab.mistakes import BusyError, JobError, SupersededError
-from raylab.preparation import make_spec, prepare
+from raylab.preparation import make_spec, name_point, prepare
 from raylab.pretrain import list_rungs
 from raylab.progress import SweepProgress
 from raylab.results import summarise_jobs
+from raylab.schedule import Schedule
+from raylab.search import Search
 from raylab.stages import FOLDER, find_stage, open_stage
 from raylab.sweep import run_job
 from raylab.tables import list_trials, now, read_rows, read_trial, write_rows
@@ -201,10 +203,14 @@ def test_all_checkpoints_are_kept_where_the_job_says_so(job, tmp_path):
 
 @pytest.mark.parametrize(
     ("limits", "said"),
-    [({"hours": 1e-9}, "limits.hours"), ({"gpu_hours": 0.5}, "limits.gpu_hours"), ({"disk_gb": 1e-6}, "limits.disk_gb")],
-)  # fmt: skip
+    [
+        ({"hours": 1e-9}, "limits.hours"),
+        ({"gpu_hours": 0.5}, "limits.gpu_hours"),
+        ({"disk_gb": 1e-6}, "limits.disk_gb"),
+    ],
+)
 def test_a_limit_ends_a_sweep_and_resume_goes_on(limits, said, job, stopped, unbroken, read_values, monkeypatch):
-    monkeypatch.setattr(sweep, "LOOK_SECONDS", 0)
+    monkeypatch.setattr(schedule, "LOOK_SECONDS", 0)
     trial_id = find_trial(stopped, "running")
     row = read_trial(stopped, "faults", trial_id)
     write_rows(stopped, "faults", "trials", trial_id, [row | {"gpu_seconds": 3600.0}])
@@ -304,8 +310,8 @@ def test_trials_that_share_a_pretraining_run_one_after_another(make_job, tmp_pat
     job = make_job("mlm", {"name": "faults", "search": {"space": space, "seeds": [0, 1]}})
     preparation = prepare(job, tmp_path)
     with claim_job(tmp_path, "faults") as token:
-        search = sweep.Search(job, tmp_path, lambda values: sweep.name_point(preparation, values)[0])
-        under_way = sweep.Sweep(preparation, search, SweepProgress(Console(quiet=True)), token)
+        search = Search(job, tmp_path, lambda values: name_point(preparation, values)[0])
+        under_way = Schedule(preparation, search, SweepProgress(Console(quiet=True)), token)
         first, second = under_way.next_trial(), under_way.next_trial()
         # One of each seed; the other arms wait for their encoders.
         assert {first.seed, second.seed} == {0, 1}
@@ -328,8 +334,8 @@ def under_way(job, tmp_path):
     """A sweep of the job whose ends of trials the test tells."""
     preparation = prepare(job, tmp_path)
     with claim_job(tmp_path, "faults") as token:
-        search = sweep.Search(job, tmp_path, lambda values: sweep.name_point(preparation, values)[0])
-        yield sweep.Sweep(preparation, search, SweepProgress(Console(quiet=True)), token)
+        search = Search(job, tmp_path, lambda values: name_point(preparation, values)[0])
+        yield Schedule(preparation, search, SweepProgress(Console(quiet=True)), token)
 
 
 def test_a_trial_whose_code_fails_is_tried_once_more_and_then_failed(under_way, tmp_path):
@@ -366,7 +372,7 @@ def test_a_trial_whose_code_fails_is_tried_once_more_and_then_failed(under_way, 
 
 def test_a_trial_whose_process_dies_again_and_again_is_failed(under_way, tmp_path):
     first = under_way.next_trial()
-    for _ in range(sweep.MOST_DEATHS - 1):
+    for _ in range(schedule.MOST_DEATHS - 1):
         under_way.finish_trial(first.trial_id, "died")
         assert under_way.next_trial().trial_id == first.trial_id
     under_way.finish_trial(first.trial_id, "died")

@@ -10,9 +10,9 @@ import yaml
 
 from raylab.cli import main
 from raylab.corpus import DOCUMENTS, TRAIN
+from raylab.designs import list_points
 from raylab.plan import plan_job, print_plan
 from raylab.preparation import make_spec, prepare
-from raylab.search import list_points
 from raylab.stages import FOLDER
 from raylab.tokens import open_tokens
 

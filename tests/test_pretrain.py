@@ -73,7 +73,7 @@ def test_rungs_change_nothing(objective, make_spec, tmp_path):
 
 
 def test_a_rung_in_between_is_found_again(make_spec, tmp_path):
-    """Of the rungs before, only the last keeps its optimiser: rung 2 is trained again from the start, to equal bytes."""
+    """Of the rungs before, only the last keeps its optimiser: rung 2 is trained from the start, to equal bytes."""
     three = make_spec("mlm", {**LONG, "pretrain.rungs": 3}, folder=tmp_path)
     stages = run_rungs(three, keep=True)
     (stages[2].path / "stage.json").unlink()  # as if it was never finished

@@ -8,12 +8,13 @@ import warnings
 import numpy as np
 import pytest
 
+from raylab.designs import list_points
 from raylab.identity import name_arm
 from raylab.judge import decide, keep_going
 from raylab.mistakes import JobError
-from raylab.search import MOST_REPEATS, Search, list_points, read_values
+from raylab.search import MOST_HELD, MOST_REPEATS, Search, is_current, list_refused, name_refused, read_values
 from raylab.settings import list_settings, with_settings
-from raylab.specs import TrialSpec
+from raylab.specs import ADAPTIVE, TrialSpec
 from raylab.tables import list_trials, read_trial, write_rows
 
 START = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
@@ -39,12 +40,22 @@ class Driver:
 
     def __init__(self, job, results, measure=lambda request: compute_surface(request.values)):
         self.job, self.results, self.measure = job, results, measure
-        self.requests = []
+        self.requests, self.refused = [], []
         self.rebuild()
 
     def rebuild(self):
         """The search as a process that was started just now has it."""
-        self.search = Search(self.job, self.results, self.name_point)
+        self.search = Search(self.job, self.results, self.name_point, self.record)
+
+    def record(self, request, error):
+        """As a sweep does: a row for a point that can't work."""
+        self.refused.append((request, error))
+        row = {
+            **list_refused(self.job, request.values), "arm": request.arm, "phase": request.phase,
+            "seed": request.seed, "status": "infeasible", "error": error,
+            "started_at": START + datetime.timedelta(seconds=next(SECONDS)),
+        }  # fmt: skip
+        write_rows(self.results, self.job.name, "trials", f"{request.arm}-{request.seed}", [row])
 
     def name_point(self, values):
         job = with_settings(self.job, values)
@@ -64,7 +75,7 @@ class Driver:
             "status": status,
             "rung": rung,
             "num_rungs": 2,
-            "target_values": [value],
+            "target_values": list(value) if isinstance(value, tuple) else [value],
             "started_at": known["started_at"] if known else started,
             **columns,
         }
@@ -129,57 +140,6 @@ def make_grid(make_job, space, changes=None):
 # Points
 
 
-def test_a_grid_lists_conditional_points_once_and_in_order(make_job):
-    space = {
-        "pretrain.objective": ["none", "mlm", "declutr"],
-        "pretrain.learning_rate": [1e-4, 1e-3],
-        "pretrain.declutr.max_span": {"low": 8, "high": 24, "step": 8},
-        "pretrain.declutr.sampling": {"choices": ["any", "adjacent"], "when": {"pretrain.declutr.max_span": [8, 24]}},
-    }
-    expected = [{"pretrain.objective": "none"}]
-    expected += [{"pretrain.objective": "mlm", "pretrain.learning_rate": rate} for rate in (1e-4, 1e-3)]
-    for rate in (1e-4, 1e-3):
-        for span in (8, 16, 24):
-            point = {
-                "pretrain.objective": "declutr", "pretrain.learning_rate": rate, "pretrain.declutr.max_span": span
-            }  # fmt: skip
-            expected += (
-                [point] if span == 16 else [{**point, "pretrain.declutr.sampling": s} for s in ("any", "adjacent")]
-            )
-    assert list(list_points(make_grid(make_job, space))) == expected
-
-
-def test_the_order_in_the_file_does_not_hide_a_setting(make_job):
-    space = {"pretrain.declutr.max_span": [16, 24], "pretrain.objective": ["mlm", "declutr"]}
-    points = list(list_points(make_grid(make_job, space)))
-    assert points == [
-        {"pretrain.objective": "mlm"},
-        {"pretrain.objective": "declutr", "pretrain.declutr.max_span": 16},
-        {"pretrain.objective": "declutr", "pretrain.declutr.max_span": 24},
-    ]
-
-
-def test_a_condition_on_a_setting_that_is_not_read_does_not_hold(make_job):
-    space = {
-        "pretrain.objective": ["mlm", "declutr"],
-        "pretrain.declutr.max_span": [16, 24],
-        "pretrain.learning_rate": {"choices": [1e-4, 1e-3], "when": {"pretrain.declutr.max_span": 24}},
-    }
-    points = list(list_points(make_grid(make_job, space)))
-    assert points[0] == {"pretrain.objective": "mlm"}
-    assert [len(point) for point in points] == [1, 2, 3, 3]
-
-
-def test_stepped_ranges_hold_the_listed_values(make_job):
-    space = {
-        "pretrain.warmup_fraction": {"low": 0.1, "high": 0.35, "step": 0.1},
-        "pretrain.declutr.num_positives": {"low": 1, "high": 3},
-    }
-    points = list(list_points(make_grid(make_job, space)))
-    assert [tuple(point.values()) for point in points] == [(w, n) for w in (0.1, 0.2, 0.3) for n in (1, 2, 3)]
-    assert all(isinstance(point["pretrain.declutr.num_positives"], int) for point in points)
-
-
 def test_a_grid_is_asked_for_as_it_is_listed(make_job, tmp_path):
     space = {
         "pretrain.objective": ["mlm", "declutr"],
@@ -210,7 +170,7 @@ def test_lists_are_choices(make_job, tmp_path):
     assert driver.run() == []
 
 
-@pytest.mark.parametrize("design", ["random", "tpe"])
+@pytest.mark.parametrize("design", ADAPTIVE)
 def test_values_lie_in_their_ranges(make_driver, design):
     space = {
         "pretrain.learning_rate": {"low": 1e-5, "high": 1e-2, "log": True},
@@ -243,7 +203,7 @@ def test_values_lie_in_their_ranges(make_driver, design):
 # Samplers
 
 
-@pytest.mark.parametrize("design", ["random", "tpe"])
+@pytest.mark.parametrize("design", ADAPTIVE)
 def test_a_sampler_seed_reproduces_a_search(make_driver, tmp_path, design):
     def run(seed, folder):
         changes = {"search.design": design, "search.sampler_seed": seed, "search.num_arms": 12}
@@ -304,13 +264,13 @@ def test_an_arm_is_worth_the_mean_of_its_seeds_told_once(make_driver):
     assert driver.search.scores == {}
     driver.finish(second, value=0.75)
     assert told() == [0.5]
-    assert driver.search.scores == {first.arm: 0.5}
+    assert driver.search.scores == {first.arm: (0.5,)}
     driver.run()
     assert len(told()) == 2
 
 
 def test_trials_side_by_side_get_different_arms(make_driver):
-    for design in ("random", "tpe"):
+    for design in ADAPTIVE:
         assert len({request.arm for request in drain(make_driver({"search.design": design}).search)}) == 4
 
 
@@ -375,7 +335,9 @@ def test_failed_and_infeasible_trials_have_no_value(make_driver):
     driver.finish(requests[1], "infeasible")
     driver.search.finish(f"{requests[2].arm}-{requests[2].seed}", None)
     driver.finish(requests[3])
-    assert [trial.state.name for trial in driver.search.study.get_trials()] == ["FAIL", "FAIL", "FAIL", "COMPLETE"]
+    told = driver.search.study.get_trials()
+    assert [trial.state.name for trial in told] == ["FAIL", "COMPLETE", "FAIL", "COMPLETE"]
+    assert [trial.number for trial in told if any(value > 0 for value in trial.constraints.values())] == [1]
     assert driver.search.scores.keys() == {requests[3].arm}
     assert [request.arm for request in driver.run()] == [requests[3].arm, driver.name_point({})]
 
@@ -386,17 +348,120 @@ def test_failed_and_infeasible_trials_have_no_value(make_driver):
     assert requests[1].arm not in {request.arm for request in again}
 
 
-@pytest.mark.parametrize("design", ["grid", "random"])
-def test_an_infeasible_point_is_noted_and_passed_over(make_job, tmp_path, design):
-    search = {"design": design, "space": {"pretrain.declutr.max_span": [16, 24, 512]}}  # 512 exceeds max_length
-    if design == "random":
+# Points that can't work
+
+WIDE = {"pretrain.declutr.max_span": [16, 24, 512]}  # 512 exceeds max_length
+
+
+@pytest.mark.parametrize("design", ["grid", "one_factor", "factorial", *ADAPTIVE])
+def test_an_infeasible_point_is_noted_recorded_and_passed_over(make_job, tmp_path, design):
+    search = {"design": design, "space": WIDE, "seeds": [3, 4]}
+    if design in ADAPTIVE:
         search |= {"num_arms": 3, "targets": [TARGET]}
     driver = Driver(make_job("declutr", {"search": search}), tmp_path, lambda request: 0.5)
-    assert sorted(request.values["pretrain.declutr.max_span"] for request in driver.run()) == [16, 24]
+    asked = driver.run()
+    spans = {with_settings(driver.job, request.values).pretrain.declutr.max_span for request in asked}
+    assert spans == {16, 24}
+    assert len(asked) == 4
     assert any("pretrain.declutr.max_span: 512" in note for note in driver.search.notes)
+    ((request, error),) = driver.refused
+    assert (request.values, request.seed) == ({"pretrain.declutr.max_span": 512}, 3)
+    assert request.phase == ("search" if design in ADAPTIVE else "fixed")
+    assert error.startswith("pretrain.declutr.max_span: 512")
+    assert len(request.arm) == 12
+    assert request.arm not in {other.arm for other in asked}
+    # Once in the tables, it is not told again, and is no arm of the job.
+    driver.rebuild()
+    assert driver.run() == []
+    assert len(driver.refused) == 1
+    row = read_trial(tmp_path, "tiny", f"{request.arm}-3")
+    assert (row["status"], row["pretrain.declutr.max_span"], row["pretrain.objective"]) == (
+        "infeasible",
+        512,
+        "declutr",
+    )
+    assert not is_current(driver.job, row, driver.name_point)
 
 
-@pytest.mark.parametrize("design", ["random", "tpe"])
+def test_a_refused_point_is_named_by_itself_and_the_settings_of_the_job(make_job):
+    def name(values, changes=None):
+        return name_refused(make_job("declutr", {"search.space": WIDE, **(changes or {})}), values)
+
+    wide = {"pretrain.declutr.max_span": 512}
+    assert name(wide) == name(dict(wide), {"name": "other", "search.seeds": [7], "resources.workers": 2})
+    others = [name({"pretrain.declutr.max_span": 400}), name(wide, {"pretrain.learning_rate": 0.5})]
+    assert len({name(wide), *others}) == 3
+
+
+def test_a_point_that_works_since_is_asked_for(make_job, tmp_path):
+    search = {"design": "random", "space": WIDE, "num_arms": 3, "targets": [TARGET]}
+    roomy = {"corpus.max_length": 1024, "pretrain.batch_tokens": 4096, "pretrain.num_tokens": 12_000}
+    Driver(make_job("declutr", {"search": search}), tmp_path, lambda request: 0.5).run()
+    driver = Driver(make_job("declutr", {"search": search, **roomy}), tmp_path, lambda request: 0.5)
+    assert sorted(request.values["pretrain.declutr.max_span"] for request in driver.run()) == [16, 24, 512]
+    assert driver.refused == []
+
+
+def run_half(make_driver, folder, design, seed, by_name):
+    """A search of 40 arms where temperatures over 0.1, half of the space, can't work, refused by name or by trials.
+
+    Returns the driver and the share of points, after the first ten, that can't work.
+    """
+    driver = make_driver(
+        {"search.design": design, "search.sampler_seed": seed, "search.num_arms": 40}, folder,
+        measure=lambda request: -(math.log10(request.values["pretrain.learning_rate"] / 1e-3) ** 2),
+    )  # fmt: skip
+    plain, asked = driver.name_point, []
+
+    def name_point(values):
+        asked.append(values["pretrain.declutr.temperature"] > 0.1)
+        if by_name and asked[-1]:
+            raise JobError(["pretrain.declutr.temperature: too warm"])
+        return plain(values)
+
+    driver.search.name_point = name_point
+    while True:
+        try:
+            request = driver.next()
+        except StopIteration:
+            break
+        driver.finish(request, "infeasible" if request.values["pretrain.declutr.temperature"] > 0.1 else "complete")
+    return driver, np.mean(asked[10:])
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_samplers_avoid_what_can_not_work(make_driver, tmp_path, by_name):
+    """Half of the space is infeasible: random search keeps asking for it, the others learn."""
+    shares = {
+        design: np.mean([
+            run_half(make_driver, tmp_path / f"{design}{seed}", design, seed, by_name)[1] for seed in range(4)
+        ])
+        for design in ADAPTIVE
+    }  # fmt: skip
+    assert 0.35 < shares["random"] < 0.65
+    assert shares["tpe"] < shares["random"] - 0.15
+    assert shares["nsga2"] < shares["random"] - 0.1
+
+
+@pytest.mark.parametrize("design", ADAPTIVE)
+def test_an_infeasible_arm_is_never_the_best(make_driver, tmp_path, design):
+    driver, _ = run_half(make_driver, tmp_path, design, 0, by_name=False)
+    infeasible = {row["arm"] for row in list_trials(tmp_path, "tiny") if row["status"] == "infeasible"}
+    assert infeasible
+    assert not infeasible & driver.search.scores.keys()
+    assert driver.search.study.best_trial.params["pretrain.declutr.temperature"] <= 0.1
+
+
+def test_an_arm_with_one_infeasible_seed_has_no_value(make_driver):
+    driver = make_driver({"search.num_arms": 2, "search.seeds": [0, 1]})
+    requests = drain(driver.search)
+    driver.finish(requests[0], "infeasible")
+    for request in requests[1:]:
+        driver.finish(request)
+    assert driver.search.scores.keys() == {requests[2].arm}
+
+
+@pytest.mark.parametrize("design", ADAPTIVE)
 def test_a_space_that_is_used_up_ends_the_search(make_driver, design):
     space = {"pretrain.declutr.num_positives": {"low": 1, "high": 3}}
     driver = make_driver(
@@ -409,18 +474,181 @@ def test_a_space_that_is_used_up_ends_the_search(make_driver, design):
     ]
 
 
-def test_limits_hours(make_driver):
-    driver = make_driver({"limits.hours": 1e-9})
+# Held and retried trials
+
+
+@pytest.mark.parametrize("design", ["grid", *ADAPTIVE])
+def test_a_held_trial_lets_others_pass_and_keeps_its_place(make_driver, design):
+    space = {"pretrain.declutr.temperature": [0.1 * step for step in range(1, 10)]}
+    changes = {"search": {"design": design, "space": space, "targets": [TARGET]}}
+    if design != "grid":
+        changes["search"]["num_arms"] = 6
+    driver = make_driver(changes)
+    first = driver.search.next_request()
+    driver.search.retry(f"{first.arm}-{first.seed}")
+    second = driver.search.next_request(held=lambda request: request.arm == first.arm)
+    assert second.arm != first.arm
+    assert driver.search.next_request() == first
+    assert drain(driver.search)
+    assert driver.search.next_request() is None
+
+
+def test_few_arms_are_asked_for_while_all_are_held(make_driver):
+    driver = make_driver({"search.num_arms": 9, "search.seeds": [0], "search.confirm": {"top": 1, "seeds": [5]}})
+    looked = []
+    for _ in range(3):
+        assert driver.search.next_request(held=lambda request: looked.append(request.arm) or True) is None
+    assert len(set(looked)) == len(driver.search.arms) == MOST_HELD == 4
+    assert driver.search.running == {}
+    assert [request.arm for request in drain(driver.search)][:4] == looked[:4]
+    driver = make_driver({"search.num_arms": 9, "search.seeds": [0, 1, 2]})
+    assert driver.search.next_request(held=lambda request: True) is None
+    assert len(driver.search.queue) == 3
+    # A fixed design knows its points: one far down the list may run.
+    space = {"pretrain.declutr.temperature": [0.1 * step for step in range(1, 10)]}
+    driver = make_driver({"search": {"design": "grid", "space": space}})
+    last = driver.search.next_request(held=lambda request: request.values["pretrain.declutr.temperature"] < 0.85)
+    assert last.values["pretrain.declutr.temperature"] == pytest.approx(0.9)
+    assert driver.search.next_request(held=lambda request: True) is None
+    assert len(drain(driver.search)) == 8
+
+
+def test_a_held_trial_keeps_a_search_from_its_end(make_driver):
+    driver = make_driver({"search.num_arms": 2, "search.confirm": {"top": 1, "seeds": [5]}})
+    first = driver.next()
+    driver.finish(first)
+    held = lambda request: True  # noqa: E731
+    assert driver.search.next_request(held) is None, "nothing runs, but one is held"
+    driver.finish(driver.next())
+    assert driver.search.next_request(held) is None
+    confirmed = driver.run()
+    assert {request.phase for request in confirmed} == {"confirm"}
     with pytest.raises(StopIteration):
-        driver.next()
-    assert "limits.hours" in driver.search.notes[0]
-    driver = make_driver({"limits.hours": 1.0})
-    assert len(driver.run()) == 4
-    assert driver.search.notes == []
-    # With nothing left to run, no limit stood in the way.
-    driver = make_driver({"limits.hours": 1e-9})
-    assert driver.run() == []
-    assert driver.search.notes == []
+        driver.search.next_request(held)
+
+
+def test_a_trial_whose_process_died_is_next_again(make_driver):
+    driver = make_driver({"search.confirm": {"top": 1, "seeds": [5]}})
+    requests = drain(driver.search)
+    for request in requests[1:3]:
+        driver.search.retry(f"{request.arm}-{request.seed}")
+    assert drain(driver.search) == [requests[2], requests[1]]
+    assert driver.search.running.keys() == {f"{request.arm}-{request.seed}" for request in requests}
+    for request in requests:
+        driver.finish(request)
+    confirmed = driver.search.next_request()
+    driver.search.retry(f"{confirmed.arm}-{confirmed.seed}")
+    assert driver.search.next_request() == confirmed
+
+
+# Several targets
+
+
+def compute_two(request):
+    """Two values that can't both be best: one wants a low temperature, one a high one; a wrong rate costs both."""
+    values = BASE | request.values
+    off = abs(math.log10(values["pretrain.learning_rate"] / 1e-3))
+    temperature = math.log10(values["pretrain.declutr.temperature"])
+    return -temperature - off, temperature - off
+
+
+TWO = [TARGET, {**TARGET, "metric": "accuracy"}]
+
+
+@pytest.mark.parametrize("design", ["random", "tpe"])  # nsga2's order of equals depends on the sign
+def test_a_mirrored_target_gives_the_same_search(make_driver, tmp_path, design):
+    runs = {}
+    for mode, sign in (("max", 1), ("min", -1)):
+        changes = {
+            "search.design": design, "search.num_arms": 30, "search.targets": [TARGET, {**TWO[1], "mode": mode}],
+            "search.confirm": {"top": 5, "seeds": [5]},
+        }  # fmt: skip
+        driver = make_driver(
+            changes, tmp_path / mode, measure=lambda r, sign=sign: (compute_two(r)[0], sign * compute_two(r)[1])
+        )
+        runs[mode] = [(request.values, request.phase) for request in driver.run()]
+        assert len(driver.search.scores) == 30
+    assert runs["max"] == runs["min"]
+
+
+def test_the_first_front_is_confirmed_the_least_crowded_first(make_driver):
+    values = [(0.0, 0.0), (1.0, 6.0), (0.0, 10.0), (10.0, 0.0), (4.0, 5.0), (0.5, 5.5)]
+    driver = make_driver(
+        {"search.num_arms": 6, "search.targets": TWO, "search.confirm": {"top": 3, "seeds": [8]}},
+        measure=lambda request: (0.0, 0.0),
+    )
+    requests = drain(driver.search)
+    for request, pair in zip(requests, values, strict=True):
+        driver.finish(request, value=pair)
+    assert driver.search.scores[requests[1].arm] == (1.0, 6.0)
+    confirmed = driver.run()
+    # The two ends, then (4, 5), whose neighbours lie 0.9 and 0.6 of the widths apart, before (1, 6).
+    chosen = [requests[2].arm, requests[3].arm, requests[4].arm, driver.name_point({})]
+    assert [request.arm for request in confirmed] == chosen
+
+
+def test_nsga2_finds_a_better_front_than_random(make_driver, tmp_path):
+    """By the mean of the rates' distances from the best of all: the front has 0."""
+    means = {}
+    for design in ("nsga2", "random"):
+        off = []
+        for seed in range(4):
+            changes = {"search.design": design, "search.sampler_seed": seed, "search.num_arms": 60}
+            driver = make_driver({**changes, "search.targets": TWO}, tmp_path / f"{design}{seed}", measure=compute_two)
+            rates = [request.values["pretrain.learning_rate"] for request in driver.run()]
+            off.append(np.mean(np.abs(np.log10(np.array(rates[30:]) / 1e-3))))
+        means[design] = np.mean(off)
+    assert means["nsga2"] < means["random"] - 0.1
+
+
+def test_a_trial_without_one_of_its_targets_has_no_value(make_driver):
+    driver = make_driver({"search.num_arms": 3, "search.targets": TWO})
+    requests = drain(driver.search)
+    driver.finish(requests[0], value=(0.5, None))
+    driver.finish(requests[1], value=(0.5,))  # of a time when the job had one target
+    driver.finish(requests[2], value=(0.5, 0.25))
+    assert driver.search.scores == {requests[2].arm: (0.5, 0.25)}
+
+
+def test_a_job_with_a_target_more_passes_over_what_was_stopped(make_driver):
+    driver = make_driver({"search.num_arms": 2})
+    driver.finish(driver.next(), "stopped", value=0.5, rung=1)
+    driver.finish(driver.next())
+    driver = make_driver({"search.num_arms": 3, "search.targets": TWO}, measure=compute_two)
+    assert len(driver.run()) == 1
+    assert len(driver.search.scores) == 1
+
+
+# Designs around the base arm
+
+AROUND = {
+    "one_factor": ({"pretrain.declutr.max_span": [16, 24], "pretrain.declutr.num_positives": [1, 3]}, 4),
+    "leave_one_out": ({"pretrain.mlm.weight": [0.0], "pretrain.declutr.num_positives": [1]}, 3),
+    "factorial": ({"pretrain.declutr.max_span": [16, 20], "pretrain.objective": ["declutr"]}, 3),
+}
+
+
+@pytest.mark.parametrize("design", AROUND)
+def test_designs_around_the_base_run_every_arm_on_every_seed(make_job, tmp_path, design):
+    space, num_arms = AROUND[design]
+    job = make_job("declutr", {"search": {"design": design, "space": space, "seeds": [4, 2]}})
+    driver = Driver(job, tmp_path, lambda request: 0.5)
+    assert driver.search.num_planned == num_arms * 2
+    asked = driver.run(most=3)
+    driver.rebuild()
+    asked += driver.run()
+    points = list(list_points(job))
+    assert [request.values for request in asked] == [point for point in points for _ in range(2)]
+    assert [(request.seed, request.phase) for request in asked] == [(4, "fixed"), (2, "fixed")] * num_arms
+    assert asked[0].arm == driver.name_point({})
+    rows = list(list_trials(tmp_path, "tiny"))
+    assert [read_values(job, row) for row in rows] == [request.values for request in asked]
+    assert all(is_current(job, row, driver.name_point) for row in rows)
+    # An arm that differs from the base in two settings, or in another value, is of no such design.
+    for values in ({name: listed[0] for name, listed in space.items()}, {"pretrain.declutr.max_span": 22}):
+        request = asked[0]._replace(values=values, arm=driver.name_point(values))
+        row = driver.write(request, "complete", 0.5)[1]
+        assert is_current(job, row, driver.name_point) == (design == "factorial" and len(values) == 2)
 
 
 # Going on from the tables
@@ -434,7 +662,7 @@ CONDITIONAL = {
 }
 
 
-@pytest.mark.parametrize("design", ["grid", "random", "tpe"])
+@pytest.mark.parametrize("design", ["grid", *ADAPTIVE])
 @pytest.mark.parametrize("left_open", [False, True])
 def test_a_search_rebuilt_after_every_trial_is_complete_and_repeats_nothing(make_job, tmp_path, design, left_open):
     search = {"design": design, "seeds": [0, 1], "space": CONDITIONAL}
@@ -470,6 +698,37 @@ def test_a_search_rebuilt_after_every_trial_is_complete_and_repeats_nothing(make
     assert broken.list_done() == whole.list_done()
     if design != "grid":
         assert len(broken.list_done()) in (5 * 2 + 2, 5 * 2 + 3)
+
+
+@pytest.mark.parametrize("design", ADAPTIVE)
+@pytest.mark.parametrize("targets", [1, 2])
+def test_a_resumed_search_asks_for_the_arms_of_an_unbroken_one(make_driver, tmp_path, design, targets):
+    """Point by point, with points that can't work and points that come twice among them."""
+    space = {
+        "pretrain.declutr.max_span": [8, 16, 24, 512],
+        "pretrain.declutr.num_positives": {"low": 1, "high": 4},
+        "pretrain.declutr.sampling": ["any", "adjacent"],
+    }
+
+    def measure(request):
+        values = request.values
+        found = values["pretrain.declutr.max_span"] / 24, -float(values["pretrain.declutr.num_positives"])
+        return (found[0] + found[1],) if targets == 1 else found
+
+    search = {"design": design, "num_arms": 14, "targets": TWO[:targets], "space": space}
+    whole, broken = (make_driver({"search": search}, tmp_path / name, measure=measure) for name in ("whole", "broken"))
+    whole.run()
+    assert len(whole.requests) == 14
+    for _ in range(200):
+        broken.rebuild()
+        try:
+            request = broken.next()
+        except StopIteration:
+            break
+        broken.finish(request)
+    assert whole.refused
+    assert [request.values for request in broken.requests] == [request.values for request in whole.requests]
+    assert [request.values for request, _ in broken.refused] == [request.values for request, _ in whole.refused]
 
 
 def test_a_long_random_search_goes_on_after_a_break(make_driver):
@@ -514,7 +773,7 @@ def test_more_points_of_a_grid_run_only_what_is_missing(make_job, tmp_path):
     assert run([1e-4, 5e-4, 1e-3], [0, 1]) == [(1e-4, 1), (5e-4, 0), (5e-4, 1), (1e-3, 1)]
 
 
-@pytest.mark.parametrize("design", ["random", "tpe"])
+@pytest.mark.parametrize("design", ADAPTIVE)
 def test_more_shots_make_every_trial_due_again(make_driver, design):
     changes = {"search.design": design, "search.confirm": {"top": 1, "seeds": [9]}}
     first = make_driver(changes).run()
