@@ -20,15 +20,8 @@ from raylab.driver import read_stop, read_token
 from raylab.encoder import choose_device
 from raylab.evaluation import evaluate_encoder
 from raylab.mistakes import BusyError, InfeasibleError, JobError, SupersededError, describe_error, find_storage_problem
-from raylab.pretrain import (
-    list_rungs,
-    measure_rung,
-    num_rungs,
-    open_data,
-    read_curves,
-    start_rung,
-    train_rung,
-)
+from raylab.pretrain import measure_rung, open_data, read_curves, start_rung, train_rung
+from raylab.rungs import list_rungs, num_rungs
 from raylab.settings import list_settings, resolve_target
 from raylab.specs import Job, TrialSpec
 from raylab.stages import FOLDER, Stage, read_info

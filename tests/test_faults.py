@@ -19,9 +19,9 @@ from raylab.driver import claim_job, is_driven, read_stop, request_stop
 from raylab.jobs import dump_yaml, load_job
 from raylab.mistakes import BusyError, JobError, SupersededError
 from raylab.preparation import make_spec, name_point, prepare
-from raylab.pretrain import list_rungs
 from raylab.progress import SweepProgress
 from raylab.results import summarise_jobs
+from raylab.rungs import list_rungs
 from raylab.schedule import Schedule
 from raylab.search import Search
 from raylab.stages import FOLDER, find_stage, open_stage
