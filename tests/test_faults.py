@@ -325,8 +325,9 @@ def test_trials_that_share_a_pretraining_run_one_after_another(make_job, tmp_pat
         assert under_way.next_trial() is None
         assert run_trial(third)["status"] == "complete"
     rows = read_rows(tmp_path, "faults", "stages", third.trial_id)
-    assert all(row["reused"] for row in rows)
-    assert all(row["saved_seconds"] > 0 for row in rows)
+    assert {row["kind"] for row in rows if row["reused"]} == {"pretrain", "heldout", "embed"}
+    assert {row["kind"] for row in rows if not row["reused"]} == {"evaluate"}
+    assert all(row["saved_seconds"] > 0 for row in rows if row["reused"])
 
 
 @pytest.fixture
