@@ -545,7 +545,7 @@ def test_a_trial_whose_process_died_is_next_again(make_driver):
 
 
 def compute_two(request):
-    """Two values that can't both be best: a low temperature for one, a high one for the other; a wrong rate costs both."""
+    """Two values that can't both be best: one likes low temperatures, one high ones; a wrong rate costs both."""
     values = BASE | request.values
     off = abs(math.log10(values["pretrain.learning_rate"] / 1e-3))
     temperature = math.log10(values["pretrain.declutr.temperature"])
