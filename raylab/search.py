@@ -302,6 +302,8 @@ class Search:
         arms = list(self.scores)
         best = order_best([[s * value for s, value in zip(self.signs, self.scores[a], strict=True)] for a in arms])
         chosen = {arms[index]: self.arms[arms[index]].values for index in best[: confirm.top]}
+        if not chosen:
+            self.notes.append("no arm ran to the end with a value of every target: only the base arm is confirmed")
         try:
             chosen.setdefault(self.name_point({}), {})
         except JobError as error:

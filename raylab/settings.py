@@ -39,6 +39,7 @@ GEOMETRY_METRICS = (
     "graph_components",
     "graph_largest_share",
 )
+GEOMETRY_EXPONENT = 2.0  # of uniformity and alignment
 
 
 def _walk(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -204,10 +205,19 @@ def is_integer(name: str) -> bool:
     return any(t is int for t in inner_types(SETTINGS[name].annotation))
 
 
+def list_parameters(job: Job, metric: str) -> tuple[float | None, ...]:
+    """The parameters at which a geometry metric is measured; None for a metric without one."""
+    if metric.startswith("graph_"):
+        return job.evaluate.geometry.thresholds
+    return (GEOMETRY_EXPONENT,) if metric in ("uniformity", "alignment") else (None,)
+
+
 def resolve_target(job: Job, target: Target) -> dict[str, Any]:
     """Which rows of the table a target averages for an arm: column -> value."""
     if target.table == "geometry":
-        return {"task": target.task, "metric": target.metric, "parameter": target.parameter}
+        measured = list_parameters(job, target.metric)
+        parameter = measured[0] if target.parameter is None and measured else target.parameter
+        return {"task": target.task, "metric": target.metric, "parameter": parameter}
     shots = target.shots if target.shots is not None and target.shots in job.evaluate.shots else job.evaluate.shots[0]
     depths = job.evaluate.frozen_layers
     depth = target.frozen_layers if target.frozen_layers in depths else depths[0]

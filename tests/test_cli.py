@@ -256,6 +256,14 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], None], list[tuple[str, str]]]] =
         put("search", TPE | {"targets": [{"table": "geometry", "metric": "uniformity", "task": "kind", "shots": 2}]}),
         [(TARGET, "leave them out")],
     ),
+    "a geometry target at a threshold that is not measured": (
+        put("search/targets", [{"table": "geometry", "metric": "graph_components", "task": "kind", "parameter": 0.6}]),
+        [(f"{TARGET}.parameter", "0.6 is not measured; measured at: 0.5, 0.7, 0.9")],
+    ),
+    "a geometry target with a parameter too many": (
+        put("search/targets", [{"table": "geometry", "metric": "silhouette", "task": "kind", "parameter": 2}]),
+        [(f"{TARGET}.parameter", "silhouette has none; leave it out")],
+    ),
     "a space of an unknown setting": (
         space("pretrain.learning_rat", [1]),
         [(f"{SPACE}.pretrain.learning_rat", "did you mean 'pretrain.learning_rate'?")],

@@ -610,6 +610,14 @@ def test_a_trial_without_one_of_its_targets_has_no_value(make_driver):
     assert driver.search.scores == {requests[2].arm: (0.5, 0.25)}
 
 
+def test_a_search_without_any_value_says_so(make_driver):
+    driver = make_driver({"search.num_arms": 2, "search.targets": TWO, "search.confirm": {"top": 1, "seeds": [5]}})
+    for request in drain(driver.search):
+        driver.finish(request, value=(0.5, None))
+    assert [request.arm for request in driver.run()] == [driver.name_point({})]
+    assert "no arm ran to the end with a value of every target" in driver.search.notes[0]
+
+
 def test_a_job_with_a_target_more_passes_over_what_was_stopped(make_driver):
     driver = make_driver({"search.num_arms": 2})
     driver.finish(driver.next(), "stopped", value=0.5, rung=1)
