@@ -23,7 +23,7 @@ from raylab.evaluation import evaluate_encoder, open_encoder
 from raylab.mistakes import BusyError, InfeasibleError, JobError, SupersededError, describe_error, find_storage_problem
 from raylab.pretrain import measure_rung, open_data, read_curves, start_rung, train_rung
 from raylab.rungs import list_rungs, num_rungs
-from raylab.settings import list_settings, resolve_target
+from raylab.settings import list_measures, resolve_target
 from raylab.specs import Job, TrialSpec
 from raylab.stages import FOLDER, Stage, open_stage, read_info
 from raylab.tables import now, read_rows, read_trial, same_measures, write_rows
@@ -196,7 +196,7 @@ def compute_targets(
 
 def _open_row(spec: TrialSpec) -> dict[str, Any]:
     """The trial's row as it begins or goes on: rungs that were measured in the same way count as done."""
-    settings = list_settings(spec.settings)
+    settings = list_measures(spec.settings)
     before = read_trial(Path(spec.results), spec.job, spec.trial_id)
     supervised = read_info(Path(spec.results) / FOLDER / spec.corpus)["supervised_by"]
     fresh: dict[str, Any] = {
