@@ -4,13 +4,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from raylab.mistakes import JobError
+from raylab.summary import COLUMNS, read_summary
 
+# `status` needs neither Arrow nor DuckDB: they are imported where rows are read.
 if TYPE_CHECKING:
     import duckdb
+    import pyarrow as pa
 
 
 def open_tables(results: Path, sql: str | None = None) -> "duckdb.DuckDBPyConnection":
@@ -21,6 +21,7 @@ def open_tables(results: Path, sql: str | None = None) -> "duckdb.DuckDBPyConnec
     """
     _check_folder(results)
     import duckdb
+    import pyarrow as pa
 
     from raylab.tables import SCHEMAS, read_file
 
@@ -38,7 +39,7 @@ def open_tables(results: Path, sql: str | None = None) -> "duckdb.DuckDBPyConnec
     return connection
 
 
-def query(results: Path, sql: str) -> pa.Table:
+def query(results: Path, sql: str) -> "pa.Table":
     """The answer to a query. Raises JobError where it is wrong, in one line."""
     import duckdb
 
@@ -79,7 +80,7 @@ def find_job(results: Path, name: str) -> Path:
 def summarise_jobs(results: Path, name: str | None = None) -> list[dict[str, Any]]:
     """A row a job: trials by state, arms, their seconds, last failure and last change.
 
-    Without DuckDB, and only of the columns that it takes: people look at it often.
+    Without DuckDB, and from the files' summaries where they have one: people look at it often.
     """
     _check_folder(results)
     if name is not None:
@@ -88,15 +89,19 @@ def summarise_jobs(results: Path, name: str | None = None) -> list[dict[str, Any
     for path in list_files(results, "trials"):
         job = path.parts[-3]
         if name in (None, job):
-            columns = pq.ParquetFile(path).read(columns=STATUS_COLUMNS, use_threads=False)
-            # Times as numbers: Arrow loads pandas to make Python's times of them.
-            plain = {key: columns[key].cast("int64") if key == "updated_at" else columns[key] for key in STATUS_COLUMNS}
-            rows = zip(*(column.to_pylist() for column in plain.values()), strict=True)
-            found.setdefault(job, []).extend(dict(zip(STATUS_COLUMNS, row, strict=True)) for row in rows)
+            found.setdefault(job, []).append(read_summary(path) or _read_columns(path))
     return [_summarise(job, rows) for job, rows in sorted(found.items()) if name in (None, job)]
 
 
-STATUS_COLUMNS = ["arm", "status", "wall_seconds", "error", "updated_at"]
+def _read_columns(path: Path) -> dict[str, Any]:
+    """What a summary holds, from the columns themselves."""
+    import pyarrow.parquet as pq
+
+    columns = pq.ParquetFile(path).read(columns=list(COLUMNS), use_threads=False)
+    # Times as numbers: Arrow loads pandas to make Python's times of them.
+    return {key: (columns[key].cast("int64") if key == "updated_at" else columns[key])[0].as_py() for key in COLUMNS}
+
+
 STATES = ("complete", "running", "stopped", "failed", "infeasible")
 
 

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from raylab.explanations import inner_types
 from raylab.identity import canonical
 from raylab.settings import SETTINGS
+from raylab.summary import KEY, encode_summary
 
 _text, _int, _float = pa.string(), pa.int64(), pa.float64()
 _time = pa.timestamp("us", tz="UTC")
@@ -101,8 +102,20 @@ def write_rows(
     path = table_path(results, job, table, trial_id, suffix)
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    pq.write_table(pa.Table.from_pylist(plain, schema=schema), scratch)
+    scratch.write_bytes(_encode_rows(plain, schema, encode_summary(rows[0]) if table == "trials" and rows else None))
     os.replace(scratch, path)
+
+
+def _encode_rows(rows: list[dict[str, Any]], schema: pa.Schema, summary: str | None) -> pa.Buffer:
+    """A Parquet file in memory: writing it piece by piece to disk takes longer."""
+    stream = pa.BufferOutputStream()
+    # For files of a few rows, dictionaries, statistics and Arrow's own copy of the schema are most of the bytes.
+    lean: dict[str, Any] = {"use_dictionary": False, "write_statistics": False, "store_schema": False}
+    with pq.ParquetWriter(stream, schema, compression="none", **lean) as writer:
+        writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
+        if summary is not None:
+            writer.add_key_value_metadata({KEY: summary})
+    return stream.getvalue()
 
 
 def read_file(path: Path, table: str) -> pa.Table:
