@@ -138,6 +138,7 @@ class Chaos:
         self.notes: list[str] = []
         self.families: list[Family] = []
         self.log = (folder / "log").open("w")
+        self.started = time.monotonic()
 
     def start(self, *arguments: str) -> subprocess.Popen[Any]:
         """A raylab command under watch."""
@@ -147,12 +148,15 @@ class Chaos:
 
     def tell(self, text: str) -> None:
         """A line for whoever waits."""
-        print(f"[{sum(self.done.values())}/{self.kills}] {text}", file=sys.stderr, flush=True)
+        seconds = time.monotonic() - self.started
+        print(f"[{seconds:5.0f} s, {sum(self.done.values())}/{self.kills}] {text}", file=sys.stderr, flush=True)
 
     def run_unbroken(self, job: Job) -> tuple[Path, float, float]:
-        """Results folder, seconds until the first trial began, and seconds of the whole."""
-        path, results = write_job(job, self.folder / f"{job.name}.yaml"), self.folder / "unbroken"
+        """Results folder, seconds until the first trial began, and seconds of the whole (0: it ran before)."""
+        path, results = self.folder / f"{job.name}.yaml", self.folder / "unbroken"
         started, first = time.monotonic(), 0.0
+        if (results / job.name).is_dir():
+            return results, 0.0, 0.0
         process = self.start("run", str(path), "--results", str(results))
         while process.poll() is None:
             if not first and list(results.glob(f"{job.name}/trials/[!b.]*.parquet")):
@@ -161,7 +165,9 @@ class Chaos:
         self.families[-1].ended.set()
         if process.returncode != 0:
             raise SystemExit(f"the unbroken run ended with {process.returncode}: {self.read_log()}")
-        return results, first, time.monotonic() - started
+        seconds = time.monotonic() - started
+        self.tell(f"{job.name}: unbroken in {seconds:.0f} s, its first trial after {first:.0f} s")
+        return results, first, seconds
 
     def run_broken(self, job: Job, start_seconds: float, seconds: float) -> Path:
         """Runs a job to its end while there are kills left; returns its results folder."""
@@ -328,14 +334,17 @@ def main() -> None:
     options = parser.parse_args()
     started = time.monotonic()
     with open_chaos(options.seed, options.kills, options.keep) as chaos:
-        notes, variants = write_tiny_notes(chaos.folder / "notes"), 0
+        notes, variants, first, seconds = write_tiny_notes(chaos.folder / "notes"), 0, 0.0, 0.0
         while sum(chaos.done.values()) < options.kills:
             variants += 1
             job = make_grid(notes, f"chaos{variants}", [2 * variants - 2, 2 * variants - 1], options.tokens)
-            unbroken, first, seconds = chaos.run_unbroken(job)
-            chaos.tell(f"{job.name}: unbroken in {seconds:.0f} s, its first trial after {first:.0f} s")
+            write_job(job, chaos.folder / f"{job.name}.yaml")
+            if not seconds:  # the first unbroken run says how long a run takes
+                _, first, seconds = chaos.run_unbroken(job)
+            before = sum(chaos.done.values())
             broken = chaos.run_broken(job, first, seconds)
-            chaos.compare(job.name, unbroken, broken)
+            if sum(chaos.done.values()) > before:
+                chaos.compare(job.name, chaos.run_unbroken(job)[0], broken)
         figures = {
             "kills": sum(chaos.done.values()),
             "kills_by_kind": {kind: chaos.done[kind] for kind in KINDS},
