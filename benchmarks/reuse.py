@@ -47,6 +47,8 @@ def make_grid(notes: Path, name: str, num_tokens: int) -> Job:
         "pretrain.num_tokens": num_tokens,
         "pretrain.rungs": RUNGS,
         "search": {"space": space, "seeds": list(SEEDS)},
+        # Two jobs at once: two trials at a time, as from scratch.
+        "resources.max_concurrent_trials": 1,
     }
     return make_job(notes, changes)
 

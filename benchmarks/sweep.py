@@ -24,7 +24,7 @@ from typing import Any
 from bare import CPUS, RUNGS, run_bare
 from tiny import make_job, start_raylab, write_job, write_tiny_notes
 
-from raylab.specs import Job
+from raylab.specs import Job, TrialSpec
 
 # Trials of a run that are left out of its steady state: processes start and import with the first.
 WARM_UP = 20
@@ -78,6 +78,24 @@ def steady_ms(ends: list[float]) -> float:
     return 1000 * (ends[-2] - ends[warm]) / (len(ends) - 2 - warm)
 
 
+def time_decision(text: str, job: Job, results: Path) -> float:
+    """Median milliseconds in which a trial judges, after its second rung, whether it goes on beside all the others."""
+    from raylab.judge import decide
+    from raylab.tables import list_trials
+
+    search = job.search.model_copy(update={"early_stopping": "successive_halving"})
+    settings = job.model_copy(update={"search": search})
+    trial_id = [row["trial_id"] for row in list_trials(results, job.name) if row["phase"] == "search"][-1]
+    changes = {"job": job.name, "trial_id": trial_id, "phase": "search", "settings": settings}
+    spec = TrialSpec.model_validate_json(text).model_copy(update=changes)
+    milliseconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        decide(spec, 2)
+        milliseconds.append(1000 * (time.perf_counter() - started))
+    return statistics.median(milliseconds)
+
+
 def measure_overhead(folder: Path, num_trials: int, repeats: int) -> dict[str, Any]:
     """A trial through raylab against a trial through Ray Tune alone."""
     from raylab.sweep import ENVIRONMENT
@@ -109,6 +127,7 @@ def measure_overhead(folder: Path, num_trials: int, repeats: int) -> dict[str, A
                 print(f"{who}: {ends[-1]:.1f} s, {steady_ms(ends):.0f} ms a trial once warm", file=sys.stderr)
     finally:
         ray.shutdown()
+    decision = time_decision(text, make_fine_tuned(notes, "sweep0", num_trials, "mlm"), results)
     whole = [statistics.median(1000 * ends[-1] / num_trials for ends in runs) for runs in (engine, bare)]
     steady = [statistics.median(steady_ms(ends) for ends in runs) for runs in (engine, bare)]
     return {
@@ -119,6 +138,7 @@ def measure_overhead(folder: Path, num_trials: int, repeats: int) -> dict[str, A
         "steady_overhead_ms": round(steady[0] - steady[1], 1),
         "steady_raylab_ms": round(steady[0], 1),
         "steady_bare_ms": round(steady[1], 1),
+        "decision_ms": round(decision, 1),
         "trials": num_trials,
         "repeats": repeats,
         "bytes_a_trial": num_bytes,
