@@ -109,9 +109,9 @@ def write_rows(
 def _encode_rows(rows: list[dict[str, Any]], schema: pa.Schema, summary: str | None) -> pa.Buffer:
     """A Parquet file in memory: writing it piece by piece to disk takes longer."""
     stream = pa.BufferOutputStream()
-    # For files of a few rows, dictionaries, statistics and Arrow's own copy of the schema are most of the bytes.
-    lean: dict[str, Any] = {"use_dictionary": False, "write_statistics": False, "store_schema": False}
-    with pq.ParquetWriter(stream, schema, compression="none", **lean) as writer:
+    # Of a file of one row, dictionaries, statistics and Arrow's own copy of the schema are most of the bytes.
+    packed: dict[str, Any] = {"use_dictionary": len(rows) > 1, "compression": "snappy" if len(rows) > 1 else "none"}
+    with pq.ParquetWriter(stream, schema, write_statistics=False, store_schema=False, **packed) as writer:
         writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
         if summary is not None:
             writer.add_key_value_metadata({KEY: summary})
