@@ -29,9 +29,6 @@ class Format(StrEnum):
 
 def print_rows(rows: Any, form: Format) -> None:
     """Rows (an Arrow table, or mappings of one set of keys) on stdout, in the asked format."""
-    import pyarrow as pa
-
-    # Arrow's own conversion from Python loads pandas: only where an Arrow format is asked for.
     listed = rows if isinstance(rows, list) else rows.to_pylist()
     if form is Format.json:
         print(json.dumps(listed, default=str, indent=1))
@@ -45,6 +42,9 @@ def print_rows(rows: Any, form: Format) -> None:
             grid.add_row(*("" if row.get(name) is None else _show(row[name]) for name in names))
         output.print(grid)
         return
+    # Arrow's own conversion from Python loads pandas: only where an Arrow format is asked for.
+    import pyarrow as pa
+
     table = pa.Table.from_pylist(rows) if isinstance(rows, list) else rows
     if form is Format.csv:
         import pyarrow.csv
