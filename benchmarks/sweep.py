@@ -10,6 +10,7 @@ line is one JSON object.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -46,6 +47,8 @@ def make_fine_tuned(notes: Path, name: str, num_arms: int, objective: str) -> Jo
         "evaluate.draws": 1,
         "evaluate.fine_tune": {"steps": 1, "hidden_size": 16},
         "search": search,
+        # The bare trials load the rungs' encoders after the first job has ended.
+        "limits.checkpoints": "all",
     }
     return make_job(notes, changes)
 
@@ -172,30 +175,33 @@ def measure_growth(folder: Path, num_trials: int) -> dict[str, Any]:
     one = write_job(make_fine_tuned(notes, "one", 1, "none"), folder / "one.yaml")
     quiet: dict[str, Any] = {"scratch": folder / "t", "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     assert start_raylab("run", str(one), "--results", str(folder / "single"), "--here", **quiet).wait() == 0
-    resident: list[float] = []
+    resident: list[tuple[int, float]] = []
     last, started = 0.0, time.perf_counter()
-    process = start_raylab(
-        "run", str(job), "--results", str(results),
-        scratch=folder / "t", stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert process.stderr is not None
-    for line in process.stderr:  # a line a trial that has ended
-        if line.startswith("["):
-            last = time.perf_counter() - started
-            resident.append(read_resident(process.pid))
-            if len(resident) % 100 == 0:
-                print(f"{last:.0f} s: {len(resident)} trials, {resident[-1]:.0f} MB", file=sys.stderr)
+    process = start_raylab("run", str(job), "--results", str(results), **quiet)
+    while process.poll() is None:
+        time.sleep(0.5)
+        with contextlib.suppress(OSError, StopIteration):  # it has just ended
+            resident.append((len(list(results.glob("many/trials/[!b]*.parquet"))), read_resident(process.pid)))
+            if resident[-1][0] < num_trials:
+                last = time.perf_counter() - started
+            if len(resident) % 60 == 0:
+                print(f"{resident[-1][0]} trials, {resident[-1][1]:.0f} MB", file=sys.stderr)
     assert process.wait() == 0, "the run failed"
     seconds = time.perf_counter() - started
-    assert len(resident) == num_trials, len(resident)
+    assert resident[-1][0] == num_trials, resident[-1]
     early = min(GROWTH_FROM, num_trials // 2)
     status = time_command(lambda: start_raylab("status", "many", "--results", str(results), **quiet))
     start = time_command(lambda: start_raylab("status", "one", "--results", str(folder / "single"), **quiet))
     return {
         "trials": num_trials,
-        "driver_growth_mb": round(max(resident[early:]) - resident[early - 1], 1),
+        "driver_growth_mb": round(
+            max(size for _, size in resident) - next(size for number, size in resident if number >= early), 1
+        ),
         "growth_from_trial": early,
-        "driver_mb_at": {n: round(resident[n - 1], 1) for n in sorted({early, num_trials // 2, num_trials})},
+        "driver_mb_at": {
+            wanted: round(next(size for number, size in resident if number >= wanted), 1)
+            for wanted in sorted({early, num_trials // 2, num_trials})
+        },
         "run_seconds": round(seconds, 1),
         "after_last_trial_seconds": round(seconds - last, 1),
         "trial_ms": round(1000 * last / num_trials, 1),
