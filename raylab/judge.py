@@ -8,6 +8,7 @@ from pathlib import Path
 import optuna
 
 from raylab.specs import Job, TrialSpec
+from raylab.storage import pull
 from raylab.tables import list_trials, read_rows, read_trial
 from raylab.trial import compute_targets
 
@@ -19,6 +20,7 @@ def decide(spec: TrialSpec, rung: int) -> bool:
     if spec.phase != "search" or spec.settings.search.early_stopping == "none":
         return True
     results = Path(spec.results)
+    pull(results, spec.job)
 
     @functools.cache
     def settings(trial_id: str) -> Job:

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raylab.mistakes import JobError
+from raylab.storage import is_empty, name_results
 
 if TYPE_CHECKING:
     import duckdb
@@ -72,7 +73,8 @@ def find_job(results: Path, name: str) -> Path:
     path = results / name / "job.yaml"
     if not path.is_file():
         known = ", ".join(list_jobs(results)) or "none"
-        raise JobError([f"no job '{name}' under {results}; jobs there: {known} (--results DIR names another folder)"])
+        where = name_results(results)
+        raise JobError([f"no job '{name}' under {where}; jobs there: {known} (--results DIR names another folder)"])
     return path
 
 
@@ -115,8 +117,8 @@ def _summarise(job: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _check_folder(results: Path) -> None:
-    if not results.is_dir():
-        raise JobError([f"--results {results}: no such folder; give the one that 'raylab run' wrote to"])
+    if is_empty(results):
+        raise JobError([f"--results {name_results(results)}: no such folder; give the one that 'raylab run' wrote to"])
 
 
 class SeedValue(NamedTuple):

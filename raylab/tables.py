@@ -13,6 +13,7 @@ from raylab.explanations import inner_types
 from raylab.identity import canonical
 from raylab.mistakes import DamagedError
 from raylab.settings import SETTINGS
+from raylab.storage import publish, pull_files
 
 _text, _int, _float = pa.string(), pa.int64(), pa.float64()
 _time = pa.timestamp("us", tz="UTC")
@@ -104,7 +105,7 @@ def write_rows(
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         pq.write_table(pa.Table.from_pylist(plain, schema=schema), scratch, write_page_checksum=True)
-        os.replace(scratch, path)
+        publish(results, scratch, path)
     except OSError:
         # A disk that is full stays usable.
         scratch.unlink(missing_ok=True)
@@ -141,6 +142,11 @@ def read_file(path: Path, table: str) -> pa.Table:
 def _read_file(path: Path, table: str) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = read_file(path, table).select(SCHEMAS[table].names).to_pylist()
     return rows
+
+
+def pull_trial(results: Path, job: str, trial_id: str) -> None:
+    """Brings a trial's rows up to date where the results mirror a URL."""
+    pull_files(results, [table_path(results, job, table, trial_id) for table in SCHEMAS if table != "unseals"])
 
 
 def read_trial(results: Path, job: str, trial_id: str) -> dict[str, Any] | None:
