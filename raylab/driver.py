@@ -41,14 +41,14 @@ def _read(results: Path, name: str, file: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def claim_job(results: Path, name: str, lease: float = LEASE_SECONDS) -> Iterator[str]:
+def claim_job(results: Path, name: str, lease: float | None = None) -> Iterator[str]:
     """Makes this process the job's only driver until the block ends, and gives its token.
 
     In a folder a file lock goes with the process, however it ends; at a URL a driver is dead once its count has stood
-    still for `lease` seconds. The token is what trials look at before they write: one that outlives its driver is told
-    by it that another one goes on. Raises JobError where a driver is alive.
+    still for `lease` seconds (LEASE_SECONDS). The token is what trials look at before they write: one that outlives its
+    driver is told by it that another one goes on. Raises JobError where a driver is alive.
     """
-    token = secrets.token_hex(8)
+    token, lease = secrets.token_hex(8), lease or LEASE_SECONDS
     with contextlib.ExitStack() as held:
         try:
             (results / name).mkdir(parents=True, exist_ok=True)
