@@ -260,6 +260,9 @@ def store_corpus(results: Path, split: SplitCorpus) -> Stage:
         documents = split.open[DOCUMENTS]
         digests = {"part": digest_column(documents["part"])}
         digests |= {f"metadata:{field}": digest_column(documents[field]) for field in split.categories}
+        for name in split.classes:
+            columns = [split.open[name][column] for column in ("part", "group", "label")]
+            digests[f"task:{name}"] = digest([digest_column(column) for column in columns])
         return {
             "digests": digests,
             "classes": split.classes,

@@ -1,6 +1,7 @@
 """Evaluation of an encoder: embeddings, few-shot scores and geometry, on validation or, once unsealed, on test."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +42,12 @@ class Evaluation(NamedTuple):
     stages: list[Stage]
 
 
+def open_encoder(stage: Stage) -> nn.Module:
+    """The encoder of a stage, ready to embed."""
+    model, _ = load_encoder(str(stage.path / "encoder"))
+    return model.to(choose_device()).eval()
+
+
 def list_draws(rows: dict[str, NDArray[Any]], task: str, evaluate: Evaluate, seed: int) -> Iterator[Draw]:
     """The draws of a task under a seed, the same for every arm. All training rows are one draw."""
     train = np.flatnonzero(rows["part"] == TRAIN)
@@ -51,20 +58,56 @@ def list_draws(rows: dict[str, NDArray[Any]], task: str, evaluate: Evaluate, see
             yield Draw(number, draw, train[chosen])
 
 
-def evaluate_encoder(spec: TrialSpec, stage: Stage, rung: int) -> Evaluation:
-    """Scores and geometry of a rung's encoder on the validation rows of every evaluated task."""
-    evaluate, root = spec.settings.evaluate, Path(spec.results) / FOLDER
-    model, _ = load_encoder(str(stage.path / "encoder"))
-    model.to(choose_device()).eval()
+def evaluate_encoder(spec: TrialSpec, stage_id: str, rung: int, open_encoder: Callable[[], nn.Module]) -> Evaluation:
+    """Scores and geometry of a rung's encoder on the validation rows of every evaluated task.
+
+    `open_encoder` is called only where an evaluation is not there yet: another job may have done it.
+    """
+    opened: list[nn.Module] = []
+
+    def model() -> nn.Module:
+        if not opened:
+            opened.append(open_encoder())
+        return opened[0]
+
     result = Evaluation([], [], [])
-    for task in evaluate.tasks or spec.settings.corpus.tasks:
+    for task in spec.settings.evaluate.tasks or spec.settings.corpus.tasks:
+        result.stages.extend(_evaluate_task(spec, stage_id, task, model))
+        done = result.stages[-1]
+        rows = json.loads((done.path / "rows.json").read_text())
+        common = {"rung": rung, "task": task, "split": "validation"}
+        result.scores.extend(common | row for row in rows["scores"])
+        result.geometry.extend(common | row for row in rows["geometry"])
+    return result
+
+
+def _evaluate_task(spec: TrialSpec, encoder: str, task: str, model: Callable[[], nn.Module]) -> tuple[Stage, Stage]:
+    """The embeddings and the evaluation of an encoder's stage on a task, kept by content."""
+    evaluate, root = spec.settings.evaluate, Path(spec.results) / FOLDER
+    measures = evaluate.model_dump(mode="json", exclude={"tasks", "retrieval"})
+    if all(depth == "all" for depth in evaluate.frozen_layers):
+        del measures["fine_tune"]
+    key = {
+        "encoder": encoder,
+        "task": task,
+        "tokens": spec.tokens[task],
+        "rows": read_info(root / spec.corpus)["digests"][f"task:{task}"],
+        "max_length": spec.settings.corpus.max_length,
+        "long_documents": spec.settings.corpus.long_documents,
+        "evaluate": measures,
+        "seed": spec.seed,
+    }
+
+    built: list[Stage] = []
+
+    def build(folder: Path) -> dict[str, Any]:
         rows = open_rows(root / spec.corpus, task)
         store = open_tokens(root / spec.tokens[task])
         validation = np.flatnonzero(rows["part"] == VALIDATION)
         draws = list(list_draws(rows, task, evaluate, spec.seed))
         needed = np.unique(np.concatenate([validation, *(draw.rows for draw in draws)]))
-        embedded = embed_rows(spec, model, stage, task, store, needed)
-        result.stages.append(embedded)
+        embedded = embed_rows(spec, model, encoder, task, store, needed)
+        built.append(embedded)
         x = np.load(embedded.path / "embeddings.npy", mmap_mode="r")
         scores = score_draws(
             spec, model, task, draws, rows["label"], rows["group"], store,
@@ -74,28 +117,38 @@ def evaluate_encoder(spec: TrialSpec, stage: Stage, rung: int) -> Evaluation:
             eval_store=store,
             eval_rows=validation,
         )  # fmt: skip
-        common = {"rung": rung, "task": task, "split": "validation"}
-        result.scores.extend(common | score for score in scores)
-        result.geometry.extend(
-            common | value._asdict() | {"value": None if np.isnan(value.value) else value.value}
-            for value in measure_geometry(
-                np.asarray(x[np.searchsorted(needed, validation)]),
-                rows["label"][validation],
-                thresholds=evaluate.geometry.thresholds,
-                max_points=evaluate.geometry.max_points,
-                graph_points=evaluate.geometry.graph_points,
-                # The same points for every trial, so that a difference is never one of sampling.
-                seed=derive_seed("geometry"),
-            )
+        geometry = measure_geometry(
+            np.asarray(x[np.searchsorted(needed, validation)]),
+            rows["label"][validation],
+            thresholds=evaluate.geometry.thresholds,
+            max_points=evaluate.geometry.max_points,
+            graph_points=evaluate.geometry.graph_points,
+            # The same points for every trial, so that a difference is never one of sampling.
+            seed=derive_seed("geometry"),
         )
-    return result
+        found = {
+            "scores": list(scores),
+            "geometry": [row._asdict() | {"value": None if np.isnan(row.value) else row.value} for row in geometry],
+        }
+        (folder / "rows.json").write_text(json.dumps(found, allow_nan=False))
+        return {"embedded": embedded.stage_id}
+
+    done = build_stage(Path(spec.results), "evaluate", key, build)
+    # Found, its embeddings were used none the less.
+    embedded = done.info["embedded"]
+    return built[0] if built else Stage("embed", embedded, root / embedded, True, 0.0, {}), done
 
 
-def embed_rows(spec: TrialSpec, model: nn.Module, stage: Stage, task: str, store: TokenStore, needed: Ints) -> Stage:
-    """Embeddings of some rows of a task's tokens, kept by content: embeddings.npy, float32 [len(needed), D]."""
+def embed_rows(
+    spec: TrialSpec, model: Callable[[], nn.Module], encoder: str, task: str, store: TokenStore, needed: Ints
+) -> Stage:
+    """Embeddings of some rows of a task's tokens, kept by content: embeddings.npy, float32 [len(needed), D].
+
+    `encoder` is the id of the stage that holds it, `model` opens it.
+    """
     corpus, root = spec.settings.corpus, Path(spec.results) / FOLDER
     key = {
-        "encoder": stage.stage_id,
+        "encoder": encoder,
         "tokens": spec.tokens[task],
         "rows": digest(needed.tolist()),
         "max_length": corpus.max_length,
@@ -104,7 +157,7 @@ def embed_rows(spec: TrialSpec, model: nn.Module, stage: Stage, task: str, store
 
     def build(folder: Path) -> dict[str, Any]:
         x = embed(
-            model,
+            model(),
             store,
             needed,
             Vocabulary(**read_info(root / spec.tokenizer)),
@@ -119,7 +172,7 @@ def embed_rows(spec: TrialSpec, model: nn.Module, stage: Stage, task: str, store
 
 def score_draws(
     spec: TrialSpec,
-    model: nn.Module,
+    model: Callable[[], nn.Module],
     task: str,
     draws: list[Draw],
     labels: Ints,
@@ -143,7 +196,7 @@ def score_draws(
                 seed = derive_seed(spec.seed, "probe", task, probe, depth, str(draw.shots), draw.draw)
                 if probe == "head":
                     probabilities = fine_tune(
-                        model, store, draw.rows, train_y, eval_rows, vocabulary,
+                        model(), store, draw.rows, train_y, eval_rows, vocabulary,
                         depth=depth, num_classes=num_classes, corpus=spec.settings.corpus,
                         settings=evaluate.fine_tune, seed=seed, eval_store=eval_store,
                     )  # fmt: skip

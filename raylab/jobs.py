@@ -25,6 +25,7 @@ from raylab.settings import (
     dump_job,
     is_integer,
     is_list,
+    list_parameters,
     list_settings,
     list_unread,
     possible_values,
@@ -342,6 +343,10 @@ def _check_references(job: Job) -> list[str]:
                 problems.append(
                     f"{where}.metric: '{target.metric}' is not measured; {near(target.metric, GEOMETRY_METRICS)}"
                 )
+            elif (at := list_parameters(job, target.metric)) and target.parameter not in (None, *at):
+                listed = ", ".join(f"{value:g}" for value in at if value is not None)
+                fix = f"measured at: {listed}" if listed else f"{target.metric} has none; leave it out"
+                problems.append(f"{where}.parameter: {target.parameter:g} is not measured; {fix}")
             continue
         if target.metric not in SCORE_METRICS:
             problems.append(f"{where}.metric: '{target.metric}' is not measured; {near(target.metric, SCORE_METRICS)}")

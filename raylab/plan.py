@@ -14,16 +14,17 @@ from raylab.batches import describe_spans
 from raylab.corpus import DOCUMENTS, TRAIN, metadata_fields
 from raylab.designs import count_trials, list_levels, list_points
 from raylab.explanations import explain
+from raylab.identity import digest
 from raylab.mistakes import JobError
 from raylab.preparation import Preparation, make_spec, name_point, prepare
-from raylab.settings import OBJECTIVE_BLOCKS, with_settings
+from raylab.rungs import list_rungs
+from raylab.settings import OBJECTIVE_BLOCKS, list_settings, possible_values, with_settings
 from raylab.specs import ADAPTIVE, Choices, Job, TrialSpec
 from raylab.stages import open_stage, read_info
 from raylab.tables import list_trials
 from raylab.tokens import open_tokens
 
-# AdamW keeps two more numbers a weight beside the weight itself, all of four bytes.
-BYTES_A_WEIGHT = 12
+BYTES_A_WEIGHT = 4
 
 
 def plan_job(job: Job, results: Path) -> dict[str, Any]:
@@ -43,14 +44,16 @@ def plan_job(job: Job, results: Path) -> dict[str, Any]:
 def _plan_arms(preparation: Preparation) -> dict[str, Any]:
     job, results = preparation.job, preparation.results
     infeasible: list[str] = []
-    points: list[tuple[dict[str, Any], int]]
     seeds, confirm = job.search.seeds, job.search.confirm
     if job.search.design in ADAPTIVE:
-        # Which arms a search will ask for isn't known; the base arm stands for their cost.
+        # Which arms a search will ask for isn't known: each may have a pre-training of its own.
         arms = job.search.num_arms or 0
-        points = [({}, arms)]
+        trials = count_trials(job, arms)
+        needed = trials if possible_values(job, "pretrain.objective") != {"none"} else 0
+        pretrainings, found, tokens = needed, 0, needed * job.pretrain.num_tokens
     else:
-        points, known = [], set[str]()
+        points: list[dict[str, Any]] = []
+        known: set[str] = set()
         for values in list_points(job):
             try:
                 arm, _ = name_point(preparation, values)
@@ -59,34 +62,31 @@ def _plan_arms(preparation: Preparation) -> dict[str, Any]:
                 continue
             if arm not in known:
                 known.add(arm)
-                points.append((values, 1))
+                points.append(values)
         arms = len(points)
-    trials = count_trials(job, arms)
-    tokens = pretrainings = 0
-    for values, count in points:
-        _, arm_job = name_point(preparation, values)
-        if arm_job.pretrain.objective != "none":
-            tokens += arm_job.pretrain.num_tokens * len(seeds) * count
-            pretrainings += len(seeds) * count
-    if confirm:
-        extra = trials - arms * len(seeds)
-        tokens += extra * job.pretrain.num_tokens
-        pretrainings += extra
+        trials = count_trials(job, arms)
+        needed, chains = _plan_pretrainings(preparation, points)
+        pretrainings, found = len(chains), sum(there for there, _ in chains.values())
+        tokens = sum(size for there, size in chains.values() if not there)
     done = [
         row
         for row in list_trials(results, job.name)
         if row["status"] == "complete" and not row["arm"].startswith("baseline")
     ]
-    rate = _measured_rate(results, job.name)
-    disk = pretrainings * job.pretrain.rungs * _checkpoint_bytes(job, preparation)
+    rate, weights = _measured_rate(results, job.name), _weight_bytes(job, preparation)
+    rungs, running = job.pretrain.rungs, job.resources.max_concurrent_trials or 1
     return {
         "arms": arms,
         "trials": trials,
         "trials_done": len(done),
+        "trials_with_pretraining": needed,
         "pretrainings": pretrainings,
+        "pretrainings_found": found,
         "encoder_starts": len({*seeds, *(confirm.seeds if confirm else ())}),
         "tokens": tokens,
-        "disk_bytes": disk,
+        # While it runs all rungs stay, and AdamW's two numbers a weight of those that train.
+        "disk_bytes": weights * (pretrainings * rungs + 2 * running),
+        "disk_kept_bytes": weights * pretrainings * (rungs if job.limits.checkpoints == "all" else 1),
         "disk_free_bytes": shutil.disk_usage(next(p for p in (results, *results.parents) if p.exists())).free,
         "tokens_per_second": rate,
         "hours": tokens / rate / 3600 if rate else None,
@@ -94,8 +94,32 @@ def _plan_arms(preparation: Preparation) -> dict[str, Any]:
     }
 
 
-def _checkpoint_bytes(job: Job, preparation: Preparation) -> int:
-    """Bytes of a rung's checkpoint: an encoder's weights and AdamW's state."""
+def _plan_pretrainings(
+    preparation: Preparation, points: list[dict[str, Any]]
+) -> tuple[int, dict[tuple[str, int], tuple[bool, int]]]:
+    """How many trials need a pre-training; and each that is needed once: whether it is there, and its tokens."""
+    chains: dict[tuple[str, int], tuple[bool, int]] = {}
+    job, needed = preparation.job, 0
+    for values in points:
+        _, arm_job = name_point(preparation, values)
+        if arm_job.pretrain.objective == "none":
+            continue
+        # What of the settings a pre-training reads: arms that are equal in it share it.
+        read = {name: v for name, v in list_settings(arm_job).items() if not name.startswith("evaluate.")}
+        for seed in job.search.seeds:
+            needed += 1
+            key = (digest(read), seed)
+            if key not in chains:
+                known = False
+                if not job.corpus.split.vary or seed == job.search.seeds[0]:  # else its tokens would have to be made
+                    last = list_rungs(make_spec(preparation, values, seed, "fixed"))[-1]
+                    known = open_stage(preparation.results, last.stage_id) is not None
+                chains[key] = (known, arm_job.pretrain.num_tokens)
+    return needed, chains
+
+
+def _weight_bytes(job: Job, preparation: Preparation) -> int:
+    """Bytes of an encoder's weights."""
     config = job.encoder.config
     if config is not None and job.encoder.tokenizer is not None:
         layer = 4 * config.hidden_size**2 + 2 * config.hidden_size * config.intermediate_size
@@ -103,7 +127,7 @@ def _checkpoint_bytes(job: Job, preparation: Preparation) -> int:
         return BYTES_A_WEIGHT * (config.num_hidden_layers * layer + embeddings + config.hidden_size**2)
     start = make_spec(preparation, {}, job.search.seeds[0], "fixed").encoder_path
     files = Path(start or "").glob("*.safetensors") if start and Path(start).is_dir() else ()
-    return 3 * sum(file.stat().st_size for file in files)
+    return sum(file.stat().st_size for file in files)
 
 
 def _measured_rate(results: Path, name: str) -> float | None:
@@ -225,8 +249,13 @@ def print_plan(found: Mapping[str, Any], console: Console) -> None:
     """The plan for people."""
     console.print(
         f"{found['job']}: {found['design']}, {found['arms']} arms, {found['trials']} trials "
-        f"({found['trials_done']} done), {found['pretrainings']} pre-trainings from {found['encoder_starts']} encoder "
-        f"starts, {found['tokens']:,} tokens",
+        f"({found['trials_done']} done)",
+        highlight=False,
+    )
+    console.print(
+        f"{found['trials_with_pretraining']} trials share {found['pretrainings']} pre-trainings from "
+        f"{found['encoder_starts']} encoder starts; {found['pretrainings_found']} are there already, "
+        f"{found['tokens']:,} tokens to train on",
         highlight=False,
     )
     hours = (
@@ -235,7 +264,8 @@ def print_plan(found: Mapping[str, Any], console: Console) -> None:
         else "no trial has run yet: no rate to tell the time"
     )
     console.print(
-        f"checkpoints: {found['disk_bytes'] / 1e9:.2f} GB of {found['disk_free_bytes'] / 1e9:.0f} GB free; {hours}",
+        f"checkpoints: up to {found['disk_bytes'] / 1e9:.2f} GB while it runs, {found['disk_kept_bytes'] / 1e9:.2f} GB "
+        f"kept, of {found['disk_free_bytes'] / 1e9:.0f} GB free; {hours}",
         highlight=False,
     )
     for line in found["cant_work"]:

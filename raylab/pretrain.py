@@ -1,26 +1,23 @@
 """Pre-training: a chain of rungs kept by content; going on from one gives the numbers of not having stopped."""
 
 import json
-import math
 from collections.abc import Sequence
-from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
 from raylab.batches import UNITS, Units, describe_spans
-from raylab.blocks import Pretrain
 from raylab.corpus import DOCUMENTS, TRAIN, VALIDATION, open_rows
 from raylab.encoder import build_encoder, load_encoder, save_encoder
 from raylab.heldout import compute_unigram_entropy, measure_heldout, prepare_heldout
 from raylab.noise import derive_seed
 from raylab.objectives import Learner
-from raylab.settings import list_settings
-from raylab.specs import Job, TrialSpec
-from raylab.stages import FOLDER, Stage, build_stage, find_stage, name_stage, prune_stage, read_info
+from raylab.rungs import Link, data_key, rung_budget, start_key
+from raylab.specs import TrialSpec
+from raylab.stages import FOLDER, Stage, build_stage, find_stage, prune_stage, read_info
 from raylab.tokens import Vocabulary, open_tokens
 from raylab.training import (
     ENCODER,
@@ -34,16 +31,6 @@ from raylab.training import (
     train,
 )
 from raylab.world import ALONE, World
-
-
-def num_rungs(job: Job) -> int:
-    """Rungs of a trial; without pre-training the untrained encoder is the only one."""
-    return 1 if job.pretrain.objective == "none" else job.pretrain.rungs
-
-
-def rung_budget(pretrain: Pretrain, rung: int) -> int:
-    """Tokens by the end of a rung."""
-    return math.ceil(Fraction(pretrain.num_tokens * rung, pretrain.rungs))
 
 
 def open_data(spec: TrialSpec) -> Data:
@@ -61,48 +48,6 @@ def open_data(spec: TrialSpec) -> Data:
     )
 
 
-class Link(NamedTuple):
-    """A rung of a pre-training by what decides it: its stage's id and key, and whether it is the last one."""
-
-    stage_id: str
-    key: dict[str, Any]
-    last: bool
-
-
-def _start_key(spec: TrialSpec) -> dict[str, Any]:
-    config = spec.settings.encoder.config
-    return {
-        "encoder": spec.encoder_digest,
-        "config": config.model_dump() if config else None,
-        "tokenizer": spec.tokenizer,
-        "max_length": spec.settings.corpus.max_length if config else None,
-        "seed": spec.seed,
-    }
-
-
-def list_rungs(spec: TrialSpec) -> list[Link]:
-    """The chain of a trial's rungs, from 0, the encoder as it starts; nothing is built."""
-    pretrain, key = spec.settings.pretrain, _start_key(spec)
-    start = name_stage("pretrain", key)
-    links = [Link(start, key, pretrain.objective == "none")]
-    if pretrain.objective == "none":
-        return links
-    read = {name: value for name, value in list_settings(spec.settings).items() if name.startswith("pretrain.")}
-    del read["pretrain.rungs"]
-    for rung in range(1, pretrain.rungs + 1):
-        share = Fraction(rung, pretrain.rungs)
-        key = {
-            "start": start,
-            "pretrain": read,
-            "data": _data_key(spec),
-            "max_length": spec.settings.corpus.max_length,
-            "long_documents": spec.settings.corpus.long_documents,
-            "until": f"{share.numerator}/{share.denominator}",
-        }
-        links.append(Link(name_stage("pretrain", key), key, share == 1))
-    return links
-
-
 def start_rung(spec: TrialSpec, data: Data, world: World = ALONE, *, whole: bool = True) -> Stage:
     """Rung 0: the encoder as it starts; shared by all arms of a seed, in any job. `whole`: not without its weights."""
 
@@ -113,7 +58,7 @@ def start_rung(spec: TrialSpec, data: Data, world: World = ALONE, *, whole: bool
             (folder / "progress.json").write_text(json.dumps(Progress().__dict__))
         return {"step": 0, "tokens": 0, "documents": 0, "flops": 0.0, "spans": None}
 
-    return build_stage(Path(spec.results), "pretrain", _start_key(spec), build, world, needs=ENCODER if whole else None)
+    return build_stage(Path(spec.results), "pretrain", start_key(spec), build, world, needs=ENCODER if whole else None)
 
 
 def train_rung(
@@ -189,7 +134,7 @@ def measure_rung(spec: TrialSpec, data: Data, chain: Sequence[Link], rung: int, 
     retrieval = spec.settings.evaluate.retrieval
     key = {
         "encoder": chain[rung].stage_id,
-        "data": _data_key(spec),
+        "data": data_key(spec),
         "max_length": spec.settings.corpus.max_length,
         "retrieval": retrieval.model_dump(),
     }
@@ -204,16 +149,6 @@ def measure_rung(spec: TrialSpec, data: Data, chain: Sequence[Link], rung: int, 
         return {"heldout_unigram_entropy": entropy} | measures
 
     return build_stage(Path(spec.results), "heldout", key, build)
-
-
-def _data_key(spec: TrialSpec) -> dict[str, str]:
-    """What of the corpus a pre-training reads: documents, their split, and the metadata it predicts; no labels."""
-    digests = read_info(Path(spec.results) / FOLDER / spec.corpus)["digests"]
-    pretrain = spec.settings.pretrain
-    key = {"tokens": spec.tokens[DOCUMENTS], "part": digests["part"]}
-    if pretrain.objective == "metadata":
-        key["metadata"] = digests[f"metadata:{pretrain.metadata.field}"]
-    return key
 
 
 def read_curves(stages: Sequence[tuple[Stage, Stage]]) -> list[dict[str, Any]]:

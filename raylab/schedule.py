@@ -11,8 +11,8 @@ from raylab.driver import has_lost, read_stop, request_stop
 from raylab.identity import name_trial
 from raylab.mistakes import Interrupted, JobError, find_storage_problem
 from raylab.preparation import Preparation, make_spec
-from raylab.pretrain import list_rungs
 from raylab.progress import SweepProgress
+from raylab.rungs import list_rungs
 from raylab.search import Request, Search, is_current, read_targets, read_values
 from raylab.settings import label_values, list_settings, with_settings
 from raylab.specs import TrialSpec

@@ -26,7 +26,7 @@ from raylab.identity import canonical, name_arm, name_trial
 from raylab.mistakes import JobError
 from raylab.noise import derive_seed
 from raylab.samplers import SAMPLERS, encode_point, suggest_point
-from raylab.settings import list_settings, with_settings
+from raylab.settings import list_measures, list_settings, with_settings
 from raylab.specs import Choices, Confirm, Job
 from raylab.tables import list_trials, plain_value, same_measures
 
@@ -302,6 +302,8 @@ class Search:
         arms = list(self.scores)
         best = order_best([[s * value for s, value in zip(self.signs, self.scores[a], strict=True)] for a in arms])
         chosen = {arms[index]: self.arms[arms[index]].values for index in best[: confirm.top]}
+        if not chosen:
+            self.notes.append("no arm ran to the end with a value of every target: only the base arm is confirmed")
         try:
             chosen.setdefault(self.name_point({}), {})
         except JobError as error:
@@ -355,7 +357,7 @@ def read_targets(row: Mapping[str, Any]) -> list[float | None]:
 def _is_current(job: Job, row: dict[str, Any]) -> bool:
     """Whether a finished row was measured as the job now asks for: more shots asked of a finished job are missing."""
     try:
-        settings = list_settings(with_settings(job, read_values(job, row)))
+        settings = list_measures(with_settings(job, read_values(job, row)))
     except JobError:
         return False
     return same_measures(row, settings)

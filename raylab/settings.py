@@ -39,6 +39,7 @@ GEOMETRY_METRICS = (
     "graph_components",
     "graph_largest_share",
 )
+GEOMETRY_EXPONENT = 2.0  # of uniformity and alignment
 
 
 def _walk(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -70,6 +71,11 @@ def list_settings(job: Job) -> dict[str, Any]:
         for field in ("train", "validation", "test", "seed", "vary"):
             values[f"corpus.split.{field}"] = None
     return values
+
+
+def list_measures(job: Job) -> dict[str, Any]:
+    """The settings and, with them, the search's targets: what a row of `trials` was measured by."""
+    return list_settings(job) | {"search.targets": [t.model_dump(mode="json") for t in job.search.targets]}
 
 
 def label_values(values: Mapping[str, Any]) -> str:
@@ -213,10 +219,19 @@ def is_integer(name: str) -> bool:
     return any(t is int for t in inner_types(SETTINGS[name].annotation))
 
 
+def list_parameters(job: Job, metric: str) -> tuple[float | None, ...]:
+    """The parameters at which a geometry metric is measured; None for a metric without one."""
+    if metric.startswith("graph_"):
+        return job.evaluate.geometry.thresholds
+    return (GEOMETRY_EXPONENT,) if metric in ("uniformity", "alignment") else (None,)
+
+
 def resolve_target(job: Job, target: Target) -> dict[str, Any]:
     """Which rows of the table a target averages for an arm: column -> value."""
     if target.table == "geometry":
-        return {"task": target.task, "metric": target.metric, "parameter": target.parameter}
+        measured = list_parameters(job, target.metric)
+        parameter = measured[0] if target.parameter is None and measured else target.parameter
+        return {"task": target.task, "metric": target.metric, "parameter": parameter}
     shots = target.shots if target.shots is not None and target.shots in job.evaluate.shots else job.evaluate.shots[0]
     depths = job.evaluate.frozen_layers
     depth = target.frozen_layers if target.frozen_layers in depths else depths[0]

@@ -19,7 +19,7 @@ class Target(Model):
     shots: Annotated[int, Field(ge=1)] | Literal["full"] | None = Field(None, description="null: the first of evaluate")
     frozen_layers: str = "all"
     probe: str | None = Field(None, description="null: the first of evaluate")
-    parameter: float | None = Field(None, description="geometry only: threshold or exponent")
+    parameter: float | None = Field(None, description="geometry only: threshold or exponent; null: the first")
     mode: Literal["max", "min"] = "max"
 
 

@@ -32,7 +32,7 @@ SCHEMAS: dict[str, pa.Schema] = {
     "trials": pa.schema(
         {
             "job": _text, "trial_id": _text, "arm": _text, "phase": _text, "seed": _int, "status": _text, "rung": _int,
-            "num_rungs": _int, "target_values": _text, **SETTING_COLUMNS,
+            "num_rungs": _int, "target_values": _text, "search.targets": _text, **SETTING_COLUMNS,
             "supervised_by": _text, "effective_spans": _text, "attempts": _int,
             "wall_seconds": _float, "gpu_seconds": _float, "device": _text, "peak_memory_bytes": _int,
             "num_steps": _int, "num_tokens": _int, "num_documents": _int, "flops": _float,
@@ -71,11 +71,11 @@ def now() -> datetime:
 
 
 def same_measures(row: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
-    """Whether a row of `trials` was measured at the same rungs and cells as the settings ask for."""
+    """Whether a row of `trials` was measured at the same rungs and cells, for the same targets, as settings ask for."""
     return all(
         row[name] == plain_value(value)
         for name, value in settings.items()
-        if name.startswith("evaluate.") or name == "pretrain.rungs"
+        if name.startswith("evaluate.") or name in ("pretrain.rungs", "search.targets")
     )
 
 

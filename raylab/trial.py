@@ -14,26 +14,20 @@ from typing import Any
 import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
+from torch import nn
 
 import raylab
 from raylab.driver import read_stop, read_token
 from raylab.encoder import choose_device
-from raylab.evaluation import evaluate_encoder
+from raylab.evaluation import evaluate_encoder, open_encoder
 from raylab.mistakes import BusyError, InfeasibleError, JobError, SupersededError, describe_error, find_storage_problem
-from raylab.pretrain import (
-    list_rungs,
-    measure_rung,
-    num_rungs,
-    open_data,
-    read_curves,
-    start_rung,
-    train_rung,
-)
-from raylab.settings import list_settings, resolve_target
+from raylab.pretrain import measure_rung, open_data, read_curves, start_rung, train_rung
+from raylab.rungs import list_rungs, num_rungs
+from raylab.settings import list_measures, resolve_target
 from raylab.specs import Job, TrialSpec
-from raylab.stages import FOLDER, Stage, read_info
+from raylab.stages import FOLDER, Stage, open_stage, read_info
 from raylab.tables import now, read_rows, read_trial, same_measures, write_rows
-from raylab.training import NotFiniteError, Training
+from raylab.training import ENCODER, NotFiniteError, Training
 from raylab.world import ALONE, World
 
 Decide = Callable[[TrialSpec, int], bool]
@@ -138,25 +132,38 @@ def _run_rungs(spec: TrialSpec, row: dict[str, Any], used: Used, world: World) -
     """Yields each new rung's number once its rows are written; rungs done before are not measured or judged again."""
     results, done = Path(spec.results), row["rung"]
     data, chain = open_data(spec), list_rungs(spec)
-    first = done < 1 and spec.settings.pretrain.objective == "none"
-    before = start_rung(spec, data, world, whole=first)
+    before = start_rung(spec, data, world, whole=False)
     used.add(before)
     training: Training | None = None
     scores = [r for r in read_rows(results, spec.job, "scores", spec.trial_id) if r["rung"] <= done]
     geometry = [r for r in read_rows(results, spec.job, "geometry", spec.trial_id) if r["rung"] <= done]
     measured: list[tuple[Stage, Stage]] = []
+
+    def open_rung(rung: int) -> nn.Module:
+        """The encoder of a rung; trained again where it was pruned."""
+        if spec.settings.pretrain.objective == "none":
+            stage = start_rung(spec, data)
+        elif open_stage(results, chain[rung].stage_id, ENCODER) is not None:
+            stage = before
+        else:
+            stage, _ = train_rung(spec, data, chain, rung, None)
+        used.add(stage)
+        return open_encoder(stage)
+
     if world.rank == 0:
         measured.append((before, measure_rung(spec, data, chain, 0, None)))
     for rung in range(1, num_rungs(spec.settings) + 1):
         if spec.settings.pretrain.objective != "none":
-            before, training = train_rung(spec, data, chain, rung, training, world, whole=rung > done)
+            # One worker alone trains a pruned rung again only if its evaluation is not there.
+            whole = rung > done and world.size > 1
+            before, training = train_rung(spec, data, chain, rung, training, world, whole=whole)
             used.add(before)
             if world.rank == 0:
                 measured.append((before, measure_rung(spec, data, chain, rung, training)))
         if rung <= done:
             continue
         if world.rank == 0:
-            found = evaluate_encoder(spec, before, rung)
+            found = evaluate_encoder(spec, before.stage_id, rung, functools.partial(open_rung, rung))
             used.add(*found.stages, *(stage for _, stage in measured))
             scores += found.scores
             geometry += found.geometry
@@ -189,7 +196,7 @@ def compute_targets(
 
 def _open_row(spec: TrialSpec) -> dict[str, Any]:
     """The trial's row as it begins or goes on: rungs that were measured in the same way count as done."""
-    settings = list_settings(spec.settings)
+    settings = list_measures(spec.settings)
     before = read_trial(Path(spec.results), spec.job, spec.trial_id)
     supervised = read_info(Path(spec.results) / FOLDER / spec.corpus)["supervised_by"]
     fresh: dict[str, Any] = {

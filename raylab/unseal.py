@@ -8,8 +8,8 @@ import numpy as np
 
 from raylab.baselines import BASELINES, score_baselines
 from raylab.corpus import digest_column, open_rows
-from raylab.encoder import choose_device, embed, load_encoder
-from raylab.evaluation import embed_rows, list_draws, score_draws
+from raylab.encoder import embed
+from raylab.evaluation import embed_rows, list_draws, open_encoder, score_draws
 from raylab.mistakes import JobError
 from raylab.preparation import Preparation, find_last_rung, make_spec, name_point, prepare
 from raylab.search import is_current, read_values
@@ -81,8 +81,7 @@ def score_test(preparation: Preparation, spec: TrialSpec, row: dict[str, Any]) -
     if folder is None:
         raise JobError([f"unseal: the encoder of {spec.trial_id} is gone from {root}; run the job again"])
     stage = Stage("pretrain", folder.name, folder, True, 0.0, {})
-    model, _ = load_encoder(str(stage.path / "encoder"))
-    model.to(choose_device()).eval()
+    model = open_encoder(stage)
     split, corpus = preparation.split(spec.seed), spec.settings.corpus
     tokenizer = Stage("tokenizer", spec.tokenizer, root / spec.tokenizer, True, 0.0, {})
     scores: list[dict[str, Any]] = []
@@ -93,10 +92,10 @@ def score_test(preparation: Preparation, spec: TrialSpec, row: dict[str, Any]) -
         sealed_store = open_tokens(sealed_tokens.path)
         draws = list(list_draws(rows, task, spec.settings.evaluate, spec.seed))
         needed = np.unique(np.concatenate([draw.rows for draw in draws]))
-        x = np.load(embed_rows(spec, model, stage, task, store, needed).path / "embeddings.npy")
+        x = np.load(embed_rows(spec, lambda: model, stage.stage_id, task, store, needed).path / "embeddings.npy")
         everything = np.arange(len(sealed))
         found = score_draws(
-            spec, model, task, draws, rows["label"], rows["group"], store,
+            spec, lambda: model, task, draws, rows["label"], rows["group"], store,
             train_x=lambda chosen, x=x, needed=needed: x[np.searchsorted(needed, chosen)],
             eval_x=embed(
                 model, sealed_store, everything, Vocabulary(**read_info(root / spec.tokenizer)),

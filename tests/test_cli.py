@@ -256,6 +256,14 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], None], list[tuple[str, str]]]] =
         put("search", TPE | {"targets": [{"table": "geometry", "metric": "uniformity", "task": "kind", "shots": 2}]}),
         [(TARGET, "leave them out")],
     ),
+    "a geometry target at a threshold that is not measured": (
+        put("search/targets", [{"table": "geometry", "metric": "graph_components", "task": "kind", "parameter": 0.6}]),
+        [(f"{TARGET}.parameter", "0.6 is not measured; measured at: 0.5, 0.7, 0.9")],
+    ),
+    "a geometry target with a parameter too many": (
+        put("search/targets", [{"table": "geometry", "metric": "silhouette", "task": "kind", "parameter": 2}]),
+        [(f"{TARGET}.parameter", "silhouette has none; leave it out")],
+    ),
     "a space of an unknown setting": (
         space("pretrain.learning_rat", [1]),
         [(f"{SPACE}.pretrain.learning_rat", "did you mean 'pretrain.learning_rate'?")],
@@ -347,8 +355,61 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], None], list[tuple[str, str]]]] =
         [(f"{SPACE}.pretrain.accumulation.when", "did you mean 'pretrain.objective'?")],
     ),
     "a space file that is not there": (put("search/space", "gone.yaml"), [(SPACE, "correct the path")]),
-    "a grid with num_arms": (put("search/num_arms", 3), [("search", "'num_arms' is for random and tpe")]),
-    "a grid with confirm": (put("search/confirm", {}), [("search", "'confirm' is for random and tpe")]),
+    **{
+        f"a {design} with {key}": (
+            put("search", {"design": design, "space": {"pretrain.weight_decay": [0.0]}, key: value}),
+            [("search", f"'{key}' is for random, tpe and nsga2: design '{design}' runs all its arms")],
+        )
+        for design in ("grid", "one_factor", "leave_one_out", "factorial")
+        for key, value in (("num_arms", 3), ("confirm", {}), ("early_stopping", "successive_halving"))
+    },
+    "early stopping with two targets": (
+        put(
+            "search",
+            TPE
+            | {
+                "targets": [{"task": "kind"}, {"task": "kind", "metric": "accuracy"}],
+                "early_stopping": "successive_halving",
+            },
+        ),
+        [("search", "'early_stopping' needs exactly one target; set it to none")],
+    ),
+    "a target twice": (
+        put("search", TPE | {"targets": [{"task": "kind"}, {"task": "kind", "shots": 2, "mode": "min"}]}),
+        [("search.targets.1", "is the same value as target 0; remove one")],
+    ),
+    "one_factor without space": (put("search/design", "one_factor"), [("search", "needs 'space'; add it")]),
+    "a factor that the base arm does not read": (
+        put(
+            "search",
+            {"design": "one_factor", "space": {"pretrain.objective": ["declutr"], "pretrain.declutr.max_span": [8]}},
+        ),
+        [(f"{SPACE}.pretrain.declutr.max_span", "change the base so that it does, remove the setting, or use grid")],
+    ),
+    "a component with two values": (
+        space("pretrain.weight_decay", [0.0, 0.2], design="leave_one_out"),
+        [(f"{SPACE}.pretrain.weight_decay", "list only that")],
+    ),
+    "a component as the base has it": (
+        space("pretrain.weight_decay", [0.1], design="leave_one_out"),
+        [(f"{SPACE}.pretrain.weight_decay", "0.1 is the base arm's own value")],
+    ),
+    "a factorial with a condition": (
+        space("pretrain.weight_decay", {"choices": [0], "when": {"pretrain.objective": "mlm"}}, design="factorial"),
+        [(f"{SPACE}.pretrain.weight_decay", "remove its 'when', or use grid")],
+    ),
+    "a factorial that is not full": (
+        put(
+            "search",
+            {"design": "factorial", "space": {"pretrain.objective": ["none"], "pretrain.weight_decay": [0.0]}},
+        ),
+        [(f"{SPACE}.pretrain.weight_decay", "is not read where pretrain.objective is 'none'")],
+    ),
+    "a factorial of a range": (
+        space("pretrain.weight_decay", {"low": 0.0, "high": 0.1}, design="factorial"),
+        [(f"{SPACE}.pretrain.weight_decay", "design factorial needs 'choices', or a range with a 'step'")],
+    ),
+    "a design that is not there": (put("search/design", "factorail"), [("search.design", "did you mean 'factorial'?")]),
     "tpe without targets": (put("search", TPE | {"targets": []}), [("search", "needs 'targets'")]),
     "tpe without num_arms": (put("search", TPE | {"num_arms": None}), [("search", "needs 'num_arms'")]),
     "tpe without space": (put("search", TPE | {"space": {}}), [("search", "needs 'space'")]),

@@ -67,7 +67,9 @@ def test_every_table_is_written(full):
         assert read_values(spec, folder)[table]
     stages = read_rows(folder, spec.job, "stages", spec.trial_id)
     # Both tasks have the same texts and, with all shots, need the same rows: they share their embeddings.
-    assert sorted(stage["kind"] for stage in stages) == ["embed"] * 2 + ["heldout"] * 3 + ["pretrain"] * 3
+    assert sorted(stage["kind"] for stage in stages) == [
+        *["embed"] * 2, *["evaluate"] * 4, *["heldout"] * 3, *["pretrain"] * 3,
+    ]  # fmt: skip
     assert {point["step"] for point in read_rows(folder, spec.job, "curves", spec.trial_id)} >= {0, kept["num_steps"]}
 
 

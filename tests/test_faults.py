@@ -19,11 +19,12 @@ from raylab.driver import claim_job, is_driven, read_stop, request_stop
 from raylab.jobs import dump_yaml, load_job
 from raylab.mistakes import BusyError, JobError, SupersededError
 from raylab.preparation import make_spec, name_point, prepare
-from raylab.pretrain import list_rungs
 from raylab.progress import SweepProgress
 from raylab.results import summarise_jobs
+from raylab.rungs import list_rungs
 from raylab.schedule import Schedule
 from raylab.search import Search
+from raylab.specs import Target
 from raylab.stages import FOLDER, find_stage, open_stage
 from raylab.sweep import run_job
 from raylab.tables import list_trials, now, read_rows, read_trial, write_rows
@@ -164,6 +165,22 @@ def test_a_finished_job_runs_only_what_is_asked_more_of_it(job, unbroken, read_v
     assert run(more, results).states == {"complete": 2}
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert {row["seed"] for row in list_trials(results, "faults")} == {0, 1}
+
+
+def test_other_targets_of_a_finished_job_are_read_from_what_was_measured(job, unbroken, tmp_path):
+    results = tmp_path / "results"
+    shutil.copytree(unbroken[0], results)
+    assert {row["target_values"] for row in list_trials(results, "faults") if row["num_rungs"]} == {"[]"}
+    target = Target(task="severity", metric="accuracy")
+    changed = job.model_copy(update={"search": job.search.model_copy(update={"targets": (target,)})})
+    built = len(list((results / FOLDER).glob("*/stage.json")))
+    assert run(changed, results).states == {"complete": 2}
+    assert len(list((results / FOLDER).glob("*/stage.json"))) == built
+    for row in list_trials(results, "faults"):
+        if row["num_rungs"]:
+            scores = read_rows(results, "faults", "scores", row["trial_id"])
+            found = [s["value"] for s in scores if (s["metric"], s["rung"]) == ("accuracy", row["num_rungs"])]
+            assert json.loads(row["target_values"]) == [pytest.approx(sum(found) / len(found))]
 
 
 def test_checkpoints_are_pruned_to_the_final_encoders_and_made_again_where_needed(job, unbroken, make_job, tmp_path):
@@ -325,8 +342,9 @@ def test_trials_that_share_a_pretraining_run_one_after_another(make_job, tmp_pat
         assert under_way.next_trial() is None
         assert run_trial(third)["status"] == "complete"
     rows = read_rows(tmp_path, "faults", "stages", third.trial_id)
-    assert all(row["reused"] for row in rows)
-    assert all(row["saved_seconds"] > 0 for row in rows)
+    assert {row["kind"] for row in rows if row["reused"]} == {"pretrain", "heldout", "embed"}
+    assert {row["kind"] for row in rows if not row["reused"]} == {"evaluate"}
+    assert all(row["saved_seconds"] > 0 for row in rows if row["reused"])
 
 
 @pytest.fixture

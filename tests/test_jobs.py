@@ -6,6 +6,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -13,7 +14,15 @@ from raylab import geometry, scores
 from raylab.identity import name_arm
 from raylab.jobs import check_job, dump_yaml, load_job, merge, read_value, read_yaml
 from raylab.mistakes import JobError
-from raylab.settings import GEOMETRY_METRICS, SCORE_METRICS, SETTINGS, list_settings, with_settings
+from raylab.settings import (
+    GEOMETRY_METRICS,
+    SCORE_METRICS,
+    SETTINGS,
+    list_parameters,
+    list_settings,
+    resolve_target,
+    with_settings,
+)
 
 ROOT = Path(__file__).parent.parent
 JOBS, SPACES = sorted((ROOT / "jobs").rglob("*.y*ml")), sorted((ROOT / "search_spaces").rglob("*.y*ml"))
@@ -268,6 +277,19 @@ def test_every_search_space_parses(path: Path) -> None:
 def test_metrics_named_in_settings_are_those_measured() -> None:
     assert SCORE_METRICS == scores.METRICS
     assert tuple(geometry.DEFINITIONS) == GEOMETRY_METRICS
+
+
+@pytest.mark.parametrize("metric", GEOMETRY_METRICS)
+def test_a_geometry_target_without_a_parameter_is_what_is_measured(metric: str) -> None:
+    target = {"table": "geometry", "task": "kind", "metric": metric}
+    job = check_job(vary(search={"targets": [target]}, evaluate={"geometry": {"thresholds": [0.3, 0.6]}}))
+    x = np.random.default_rng(0).normal(size=(20, 4)).astype(np.float32)
+    rows = geometry.measure_geometry(
+        x, np.arange(20) % 2, thresholds=job.evaluate.geometry.thresholds, max_points=20, graph_points=20, seed=0
+    )
+    measured = tuple(row.parameter for row in rows if row.metric == metric)
+    assert list_parameters(job, metric) == measured
+    assert resolve_target(job, job.search.targets[0])["parameter"] == measured[0]
 
 
 def test_every_setting_is_read_outside_the_models() -> None:

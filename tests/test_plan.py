@@ -61,6 +61,23 @@ def test_arms_and_trials_of_a_search(make_job, results):
     assert found["encoder_starts"] == 5
 
 
+@pytest.mark.parametrize(
+    ("design", "space", "arms"),
+    [
+        ("one_factor", {"pretrain.objective": ["none", "declutr"], "pretrain.declutr.max_span": [16, 24, 512]}, 3),
+        ("leave_one_out", {"pretrain.mlm.weight": [0.0], "pretrain.declutr.num_positives": [1]}, 3),
+        ("factorial", {"pretrain.mlm.weight": [0.5], "pretrain.declutr.max_span": [16]}, 4),
+    ],
+)
+def test_arms_and_trials_around_the_base(make_job, results, design, space, arms):
+    found = plan_job(make_job("declutr", {"search": {"design": design, "space": space, "seeds": [0, 1]}}), results)
+    assert (found["arms"], found["trials"]) == (arms, 2 * arms)
+    assert found["pretrainings"] == 2 * (arms - (design == "one_factor"))  # one without pre-training
+    assert len(found["cant_work"]) == (design == "one_factor")
+    # The base arm's own span is among those counted.
+    assert 24 in {row["settings"]["max_span"] for row in found["spans"]}
+
+
 def test_equal_points_are_one_arm(make_job, results):
     space = {"evaluate.frozen_layers": ["all", ["all"]], "pretrain.learning_rate": [1e-4, 1e-3]}
     found = plan_job(make_grid(make_job, space), results)

@@ -11,17 +11,8 @@ from raylab.blocks import Pretrain
 from raylab.objectives import Batch, Learner, Totals
 from raylab.preparation import make_spec as prepared_spec
 from raylab.preparation import prepare
-from raylab.pretrain import (
-    list_rungs,
-    make_units,
-    measure_rung,
-    num_rungs,
-    open_data,
-    read_curves,
-    rung_budget,
-    start_rung,
-    train_rung,
-)
+from raylab.pretrain import make_units, measure_rung, open_data, read_curves, start_rung, train_rung
+from raylab.rungs import list_rungs, num_rungs, rung_budget
 from raylab.stages import read_info
 from raylab.tables import read_rows, read_trial
 from raylab.training import NotFiniteError, flop_counter, learning_rate, load_training, make_optimizer, train

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from raylab.ranking import compute_interval, label_arms, list_cells, rank_arms, summarise_heldout
+from raylab.preparation import name_point, prepare
+from raylab.ranking import compute_interval, find_front, label_arms, list_cells, rank_arms, summarise_heldout
 from raylab.settings import list_settings, with_settings
 from raylab.tables import write_rows
 
@@ -157,3 +158,54 @@ def test_heldout_measures_and_the_relative_change_of_the_error(job, write, tmp_p
     assert measures["retrieval_error_change"] == pytest.approx(
         compute_interval([0.4 / 0.8 - 1, 0.45 / 0.9 - 1]), nan_ok=True
     )
+
+
+def test_the_front_holds_the_arms_that_no_other_beats(make_job, write, tmp_path):
+    """Over the means of two seeds, one target to be high and one low; arms without a value for both are left out."""
+    space = {"pretrain.declutr.temperature": [0.05, 0.1]}
+    targets = [{"task": "severity"}, {"task": "severity", "shots": 4, "mode": "min"}]
+    changes = {"search": {"design": "grid", "space": space, "targets": targets}, "evaluate.shots": [2, 4]}
+    job = make_job("declutr", changes)
+    arms = {"high": (0.9, 0.8), "low": (0.2, 0.1), "between": (0.5, 0.4), "beaten": (0.4, 0.5), "equal": (0.5, 0.4)}
+    for arm, pair in arms.items():
+        for seed, off in ((0, -0.05), (1, 0.05)):
+            write(arm, seed, pair[0] + off)
+            both = [
+                {**CELL, "shots": shots, "rung": 2, "draw": 0, "split": "validation", "value": value + off}
+                for shots, value in zip((2, 4), pair, strict=True)
+            ]
+            write_rows(tmp_path, job.name, "scores", f"{arm}-{seed}", both)
+    write("half", 0, 0.99)
+    write("baseline:tfidf", 0, 1.0, cell={"frozen_layers": None, "probe": None})
+    front = find_front(tmp_path, job, "high")
+    assert [member.arm for member in front] == ["high", "between", "equal", "low"] or [
+        member.arm for member in front
+    ] == ["high", "equal", "between", "low"]
+    assert front[0].label == "temperature=0.05"
+    assert [value.mean for value in front[0].values] == pytest.approx([0.9, 0.8])
+    assert front[0].values[0] == pytest.approx(compute_interval([0.85, 0.95]))
+    assert [m.arm for m in find_front(tmp_path, job, "high", arms=["beaten", "low"])] == ["beaten", "low"]
+    assert find_front(tmp_path, make_job("declutr"), "high") == []
+
+
+def test_the_front_is_printed(make_job, write, tmp_path, notes, capsys):
+    from raylab.output import print_ranking
+
+    targets = [{"task": "severity"}, {"task": "severity", "metric": "accuracy", "mode": "min"}]
+    space = {"pretrain.declutr.temperature": [0.05, 0.1]}
+    job = make_job("declutr", {"search": {"design": "grid", "space": space, "targets": targets}})
+    preparation = prepare(job, tmp_path)
+    for value, temperature in ((0.7, 0.05), (0.6, 0.1)):
+        arm, _ = name_point(preparation, {"pretrain.declutr.temperature": temperature})
+        write(arm, 0, value, values={"pretrain.declutr.temperature": temperature})
+        rows = [
+            {**CELL, "metric": metric, "rung": 2, "draw": 0, "split": "validation", "value": value}
+            for metric in ("f1_macro", "accuracy")
+        ]
+        write_rows(tmp_path, job.name, "scores", f"{arm}-0", rows)
+    print_ranking(job, tmp_path)
+    text = " ".join(capsys.readouterr().out.split())
+    front = text.partition("Pareto front")[2].partition("tables:")[0]
+    assert front.count("temperature=") == 2
+    assert "0.700" in front
+    assert "0.600" in front

@@ -545,7 +545,7 @@ def test_a_trial_whose_process_died_is_next_again(make_driver):
 
 
 def compute_two(request):
-    """Two values that can't both be best: one wants a low temperature, one a high one; a wrong rate costs both."""
+    """Two values that can't both be best: one likes low temperatures, one high ones; a wrong rate costs both."""
     values = BASE | request.values
     off = abs(math.log10(values["pretrain.learning_rate"] / 1e-3))
     temperature = math.log10(values["pretrain.declutr.temperature"])
@@ -608,6 +608,14 @@ def test_a_trial_without_one_of_its_targets_has_no_value(make_driver):
     driver.finish(requests[1], value=(0.5,))  # of a time when the job had one target
     driver.finish(requests[2], value=(0.5, 0.25))
     assert driver.search.scores == {requests[2].arm: (0.5, 0.25)}
+
+
+def test_a_search_without_any_value_says_so(make_driver):
+    driver = make_driver({"search.num_arms": 2, "search.targets": TWO, "search.confirm": {"top": 1, "seeds": [5]}})
+    for request in drain(driver.search):
+        driver.finish(request, value=(0.5, None))
+    assert [request.arm for request in driver.run()] == [driver.name_point({})]
+    assert "no arm ran to the end with a value of every target" in driver.search.notes[0]
 
 
 def test_a_job_with_a_target_more_passes_over_what_was_stopped(make_driver):
