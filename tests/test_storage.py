@@ -535,3 +535,44 @@ def test_a_folder_of_its_own_is_never_asked_for_elsewhere(tmp_path, monkeypatch)
     build(tmp_path)
     with claim_job(tmp_path, "j"):
         assert not (tmp_path / storage.NOTE).exists()
+
+
+@pytest.fixture
+def nodes(tmp_path, monkeypatch):
+    """A Ray cluster of two nodes of one CPU, each with a cache of its own, as has the driver."""
+    for name, value in sweep.ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    import ray
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAYLAB_CACHE", str(tmp_path / "driver"))
+    cluster = Cluster()
+    for index in range(2):
+        cluster.add_node(num_cpus=1, num_gpus=0, env_vars={"RAYLAB_CACHE": str(tmp_path / f"node{index}")})
+    ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
+    yield [tmp_path / "node0", tmp_path / "node1"]
+    ray.shutdown()
+    cluster.shutdown()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_nodes_that_share_no_folder_run_a_job(workers, nodes, make_job, url, read_values, tmp_path):
+    """Trials on both nodes, then trials of a worker on each: as in a folder."""
+    changes = {"name": "nodes", "resources": {"workers": workers, "gpus_per_worker": 0}}
+    if workers == 1:
+        changes["search"] = {"space": {"pretrain.learning_rate": {"choices": [1e-3, 2e-3]}}, "seeds": [0, 1]}
+    job = make_job("mlm", changes)
+    results = open_results(url)
+    count = 4 if workers == 1 else 1
+    progress = SweepProgress(Console(quiet=True))
+    assert run_job(job, results, progress).states == {"complete": count}
+    used = [node for node in nodes if list(node.glob(f"*/{FOLDER}/pretrain-*/stage.json"))]
+    assert len(used) >= workers  # one worker's trials may all have found room on one node
+    assert not list((results / FOLDER).glob("pretrain-*")), "the driver needs no checkpoint"
+    assert not [name for name in list_remote(url) if name.startswith(".train-")]
+    if workers == 1:
+        here = tmp_path / "here"
+        assert run(job, here).states == {"complete": count}
+        assert read_values(results) == read_values(here)
