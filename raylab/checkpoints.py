@@ -8,7 +8,8 @@ from pathlib import Path
 from raylab.disk import NOTE
 from raylab.results import list_jobs
 from raylab.specs import Job
-from raylab.stages import measure_stage, open_stage, prune_stage, read_info
+from raylab.stages import measure_stages, peek_stage, prune_stage
+from raylab.storage import publish, pull
 from raylab.tables import list_trials, read_rows
 
 # What pruning takes of a rung that nothing goes on from, or that is no trial's final encoder.
@@ -23,6 +24,7 @@ def prune_checkpoints(results: Path, job: Job) -> int:
     """
     if job.limits.checkpoints == "all":
         return 0
+    pull(results)
     keep: set[str] = set()
     mine: set[str] = set()
     for name in list_jobs(results):
@@ -40,8 +42,8 @@ def prune_checkpoints(results: Path, job: Job) -> int:
 def _list_rungs(results: Path, job: str, trial_id: str) -> dict[str, int]:
     """The stages of a trial's rungs, and how many tokens had been trained on by then."""
     rows = [row for row in read_rows(results, job, "stages", trial_id) if row["kind"] == "pretrain"]
-    folders = {row["stage_id"]: open_stage(results, row["stage_id"]) for row in rows}
-    return {stage_id: read_info(folder)["tokens"] for stage_id, folder in folders.items() if folder is not None}
+    known = {row["stage_id"]: peek_stage(results, row["stage_id"]) for row in rows}
+    return {stage_id: info["tokens"] for stage_id, info in known.items() if info is not None}
 
 
 def measure_disk(results: Path, job: str) -> dict[str, int]:
@@ -54,7 +56,7 @@ def measure_disk(results: Path, job: str) -> dict[str, int]:
     tables = sum(file.stat().st_size for file in (results / job).glob("*/*.parquet"))
     return {
         "tables_bytes": tables,
-        "stages_bytes": sum(measure_stage(results, stage_id) for stage_id in stages),
+        "stages_bytes": measure_stages(results, stages),
         "free_bytes": shutil.disk_usage(results).free,
     }
 
@@ -64,5 +66,5 @@ def note_disk(results: Path, job: str) -> dict[str, int]:
     found = measure_disk(results, job)
     scratch = results / job / f"{NOTE}.{os.getpid()}"
     scratch.write_text(json.dumps(found))
-    os.replace(scratch, results / job / NOTE)
+    publish(results, scratch, results / job / NOTE)
     return found

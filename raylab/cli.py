@@ -20,13 +20,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Hyperparameter and ablation studies of text encoders for healthcare text, on Ray.",
 )
-ResultsOption = Annotated[Path, typer.Option("--results", help="where results are kept")]
+ResultsOption = Annotated[str, typer.Option("--results", help="where results are kept: a folder, or a URL (s3://...)")]
 DataOption = Annotated[Path | None, typer.Option("--data", help="a folder that holds the corpus files, by name")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="SETTING=VALUE, over the job file; repeatable")]
 AddressOption = Annotated[str | None, typer.Option(help="a cluster's dashboard, such as http://HOST:8265")]
-RESULTS = Path("results")
-
-
+RESULTS = "results"
 FormatOption = Annotated[Format, typer.Option("--format", help="table, json, csv, parquet or arrow")]
 
 
@@ -47,6 +45,15 @@ def _overrides(items: list[str] | None) -> dict[str, Any]:
     if problems:
         raise JobError(problems)
     return found
+
+
+def _open(where: str) -> Path:
+    """The results folder, or this machine's mirror of a URL, up to date."""
+    from raylab.storage import open_results, pull
+
+    results = open_results(where)
+    pull(results)
+    return results
 
 
 def _load(path: Path, data: Path | None, overrides: list[str] | None) -> Any:
@@ -97,18 +104,18 @@ def resume(
         return
     from raylab.results import find_job
 
-    _run(_load(find_job(results, name), data, overrides), results, address, here)
+    _run(_load(find_job(_open(results), name), data, overrides), results, address, here)
 
 
 def _is_url(address: str | None) -> bool:
     return address is not None and address.startswith(("http://", "https://"))
 
 
-def _there(results: Path) -> str | None:
+def _there(results: str) -> str | None:
     """The results folder on a cluster, where one was given."""
     from raylab.submission import check_folder
 
-    return None if results == RESULTS else check_folder("--results", str(results))
+    return None if results == RESULTS else check_folder("--results", results)
 
 
 def _tell_submitted(name: str, address: str, submission_id: str) -> None:
@@ -123,7 +130,7 @@ def _tell_submitted(name: str, address: str, submission_id: str) -> None:
 def submit(
     job: Annotated[Path, typer.Argument(help="the job file")],
     address: Annotated[str, typer.Option(help="the cluster's dashboard, such as http://HOST:8265")],
-    results: Annotated[Path, typer.Option("--results", help="where results are kept, as the cluster's nodes see it")],
+    results: Annotated[str, typer.Option("--results", help="where results are kept, as the cluster's nodes see it")],
     data: Annotated[Path | None, typer.Option("--data", help="a folder of the cluster with the corpus files")] = None,
     overrides: SetOption = None,
     wait: Annotated[bool, typer.Option("--wait", help="follow the log; end as the job does")] = False,
@@ -131,7 +138,7 @@ def submit(
     """Run a job on a cluster, as a Ray Job of its own, and return; prints Ray's id of it."""
     from raylab.submission import check_folder, connect, submit_job, wait_for
 
-    folder = check_folder("--results", str(results))
+    folder = check_folder("--results", results)
     if data is not None:
         check_folder("--data", str(data))
     loaded = _load(job, data, overrides)
@@ -165,27 +172,34 @@ def logs(
         return
     from raylab.output import print_log
     from raylab.results import find_job
+    from raylab.storage import is_url, open_log
 
-    print_log(find_job(results, name).with_name("log.txt"), follow)
+    folder = _open(results)
+    find_job(folder, name)
+    every = 2.0 if is_url(results) else 0.2
+    print_log(lambda: open_log(folder, name), every if follow else None)
 
 
-def _run(job: Any, results: Path, address: str | None, here: bool) -> None:
+def _run(job: Any, where: str, address: str | None, here: bool) -> None:
     from raylab.progress import SweepProgress
+    from raylab.storage import LOG, push
     from raylab.sweep import run_job
 
+    results = _open(where).resolve()
     # A live block would get in a debugger's way.
     progress = SweepProgress(messages, job.name, live=False if here else None)
-    given = [*(("--results", str(results)) if results != RESULTS else ()), *(("--address", address) if address else ())]
+    given = [*(("--results", where) if where != RESULTS else ()), *(("--address", address) if address else ())]
     again = shlex.join(["raylab", "resume", job.name, *given])
     try:
-        ended = run_job(job, results.resolve(), progress, address=address, here=here)
+        ended = run_job(job, results, progress, address=address, here=here)
     except KeyboardInterrupt:
         progress.stop()
         messages.print(f"interrupted; what is done is kept. Go on with: {again}", highlight=False)
         raise typer.Exit(1) from None
     finally:
         progress.stop()
-    print_ranking(job, results.resolve())
+    push(results, results / job.name / LOG)  # what the end of the progress added
+    print_ranking(job, results)
     failed = ended.states.get("failed", 0)
     if failed:
         messages.print(
@@ -217,8 +231,9 @@ def stop(
     from raylab.driver import request_stop
     from raylab.results import find_job
 
-    find_job(results, name)
-    request_stop(results, name, now)
+    folder = _open(results)
+    find_job(folder, name)
+    request_stop(folder, name, now)
     messages.print(f"{name}: asked to stop {'at once' if now else 'after the rungs that run'}", highlight=False)
 
 
@@ -238,7 +253,7 @@ def status(
     else:
         from raylab.results import summarise_jobs
 
-        rows = summarise_jobs(results, name)
+        rows = summarise_jobs(_open(results), name)
     if not rows and form is Format.table:
         messages.print(f"no jobs {f'submitted to {address}' if address else f'under {results}'}")
         return
@@ -263,7 +278,7 @@ def query(
     elif sql is None:
         raise JobError(["query: give SQL in quotes, or --list"])
     else:
-        print_rows(ask(results, sql), form)
+        print_rows(ask(_open(results), sql), form)
 
 
 @app.command()
@@ -277,7 +292,7 @@ def plan(
     """What a job would run and what the corpus makes of its settings, before any GPU."""
     from raylab.plan import plan_job, print_plan
 
-    found = plan_job(_load(job, data, overrides), results.resolve())
+    found = plan_job(_load(job, data, overrides), _open(results).resolve())
     if form is Format.json:
         print(json.dumps(found, indent=1))
     else:
@@ -296,9 +311,10 @@ def unseal(
     from raylab.results import find_job
     from raylab.unseal import unseal_job
 
-    job = load_job(find_job(results, name))
-    unseal_job(job, results.resolve(), arms or [], by=_user(), reason=reason, tell=messages.print)
-    print_ranking(job, results.resolve(), split="test")
+    folder = _open(results).resolve()
+    job = load_job(find_job(folder, name))
+    unseal_job(job, folder, arms or [], by=_user(), reason=reason, tell=messages.print)
+    print_ranking(job, folder, split="test")
 
 
 def _user() -> str:

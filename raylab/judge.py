@@ -8,6 +8,7 @@ from typing import Any
 import optuna
 
 from raylab.specs import Job, TrialSpec
+from raylab.storage import pull
 from raylab.tables import list_summaries
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -17,7 +18,9 @@ def decide(spec: TrialSpec, rung: int) -> bool:
     """True to go on. Only trials of a search are ever stopped."""
     if spec.phase != "search" or spec.settings.search.early_stopping == "none":
         return True
-    return keep_going(spec.settings, list_summaries(Path(spec.results), spec.job), spec.trial_id, rung)
+    results = Path(spec.results)
+    pull(results, spec.job)
+    return keep_going(spec.settings, list_summaries(results, spec.job), spec.trial_id, rung)
 
 
 def keep_going(job: Job, rows: Sequence[Mapping[str, Any]], trial_id: str, rung: int) -> bool:

@@ -35,6 +35,10 @@ class DamagedError(RuntimeError):
         self.path = path
 
 
+class RemoteError(OSError):
+    """What the file system of results at a URL refused; its `strerror` is one line, without any content."""
+
+
 class BusyError(RuntimeError):
     """A stage is being built by another process."""
 
@@ -53,6 +57,8 @@ def describe_error(error: BaseException, more: str = "--debug shows more") -> st
 def find_storage_problem(error: BaseException) -> str | None:
     """Why files can't be written or read (full, read-only, failing), if that is what an error comes from."""
     for cause in list_causes(error):
+        if isinstance(cause, RemoteError):
+            return str(cause.strerror)
         number = cause.errno if isinstance(cause, OSError) else None
         # safetensors and NumPy say it in words only.
         if type(cause).__name__ == "SafetensorError" and (told := re.search(r"\(os error ([0-9]+)\)", str(cause))):

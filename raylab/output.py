@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 
 from raylab.mistakes import JobError
+from raylab.storage import name_results
 
 # Tables keep their shape in a pipe or file, where rich would take 80 columns.
 output = Console(width=None if sys.stdout.isatty() else 140)
@@ -69,20 +71,25 @@ def _interval(value: Any, signed: bool = False) -> str:
     return text if value.num_seeds < 2 else f"{text} [{value.low:{sign}.3f}, {value.high:{sign}.3f}]"
 
 
-def print_log(path: Path, follow: bool) -> None:
-    """A job's log on stdout; with `follow`, what is added too, until Ctrl-C. Raises JobError where there is none."""
-    try:
-        stream = path.open(errors="replace")
-    except OSError:
-        raise JobError([f"job {path.parent.name}: no log yet ({path}); 'raylab run' writes it"]) from None
-    with stream:
-        while True:
-            print(stream.read(), end="", flush=True)
-            if not follow:
-                return
-            time.sleep(0.2)
-            if path.exists() and path.stat().st_size < stream.tell():  # begun anew
-                stream.seek(0)
+def print_log(find: Callable[[], Path], every: float | None) -> None:
+    """A job's log on stdout; where it is to be followed, what is added too, `every` so many seconds, until Ctrl-C.
+
+    `find()` gives the file as it is now: a copy of one at a URL. Raises JobError where there is none.
+    """
+    told = 0
+    while True:
+        path = find()
+        try:
+            with path.open(errors="replace") as stream:
+                stream.seek(told if told <= path.stat().st_size else 0)  # else begun anew
+                print(stream.read(), end="", flush=True)
+                told = stream.tell()
+        except OSError:
+            if not told:
+                raise JobError([f"job {path.parent.name}: no log yet ({path}); 'raylab run' writes it"]) from None
+        if every is None:
+            return
+        time.sleep(every)
 
 
 def print_ranking(job: Any, results: Path, split: str = "validation") -> None:
@@ -133,4 +140,7 @@ def print_ranking(job: Any, results: Path, split: str = "validation") -> None:
             cells = (_interval(measures[name], name.endswith("change")) if name in measures else "" for name in titles)
             grid.add_row(arm, labels.get(arm, ""), *cells)
         output.print(grid)
-    output.print(f'tables: {results / job.name}; ask them with: raylab query "select * from trials"', highlight=False)
+    output.print(
+        f'tables: {name_results(results)}/{job.name}; ask them with: raylab query "select * from trials"',
+        highlight=False,
+    )

@@ -20,7 +20,7 @@ from raylab.preparation import Preparation, make_spec, name_point, prepare
 from raylab.rungs import list_rungs
 from raylab.settings import OBJECTIVE_BLOCKS, list_settings, possible_values, with_settings
 from raylab.specs import ADAPTIVE, Choices, Job, TrialSpec
-from raylab.stages import open_stage, read_info
+from raylab.stages import open_stage, peek_stage, read_info
 from raylab.tables import list_trials
 from raylab.tokens import open_tokens
 
@@ -113,7 +113,7 @@ def _plan_pretrainings(
                 known = False
                 if not job.corpus.split.vary or seed == job.search.seeds[0]:  # else its tokens would have to be made
                     last = list_rungs(make_spec(preparation, values, seed, "fixed"))[-1]
-                    known = open_stage(preparation.results, last.stage_id) is not None
+                    known = peek_stage(preparation.results, last.stage_id) is not None
                 chains[key] = (known, arm_job.pretrain.num_tokens)
     return needed, chains
 

@@ -20,7 +20,7 @@ from raylab.identity import digest, digest_folder, name_arm, name_trial
 from raylab.mistakes import JobError
 from raylab.settings import list_settings, with_settings
 from raylab.specs import Job, TrialSpec
-from raylab.stages import Stage, build_stage, name_stage, open_stage, read_info
+from raylab.stages import Stage, build_stage, name_stage, open_stage, peek_stage, read_info
 from raylab.tables import read_rows, read_trial
 from raylab.tokens import copy_tokenizer, store_tokens, train_tokenizer
 
@@ -143,8 +143,11 @@ def find_last_rung(results: Path, job: str, trial_id: str) -> Path | None:
     """
     trial = read_trial(results, job, trial_id)
     for row in read_rows(results, job, "stages", trial_id):
-        folder = open_stage(results, row["stage_id"], "encoder") if row["kind"] == "pretrain" else None
-        if folder is not None and trial is not None and read_info(folder)["tokens"] == trial["num_tokens"]:
+        info = peek_stage(results, row["stage_id"]) if row["kind"] == "pretrain" else None
+        if info is None or trial is None or info["tokens"] != trial["num_tokens"]:
+            continue
+        folder = open_stage(results, row["stage_id"], "encoder")
+        if folder is not None:
             return folder
     return None
 

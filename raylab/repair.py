@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from raylab import storage
 from raylab.mistakes import DamagedError
 from raylab.stages import FOLDER, is_building
 from raylab.tables import SCHEMAS, list_trials, read_file, read_rows, write_rows
@@ -46,5 +47,8 @@ def _set_aside(results: Path, job: str) -> Iterator[str]:
                 if table == "unseals":  # a record that nothing makes again
                     yield f"{path} is damaged: restore it from a backup, it records an access to the test split"
                     continue
-                path.replace(path.with_name(f".damaged-{path.name}"))
+                kept = path.with_name(f".damaged-{path.name}")
+                path.replace(kept)
+                storage.push(results, kept)
+                storage.remove(results, path)
                 yield f"{table}: the file of {path.stem} was damaged; it is made again"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from raylab.disk import read_disk
 from raylab.driver import is_driven
 from raylab.mistakes import DamagedError, JobError
+from raylab.storage import is_empty, name_results
 from raylab.summary import COLUMNS, read_summary
 
 # `status` needs neither Arrow nor DuckDB: they are imported where rows are read.
@@ -88,7 +89,8 @@ def find_job(results: Path, name: str) -> Path:
     path = results / name / "job.yaml"
     if not path.is_file():
         known = ", ".join(list_jobs(results)) or "none"
-        raise JobError([f"no job '{name}' under {results}; jobs there: {known} (--results DIR names another folder)"])
+        where = name_results(results)
+        raise JobError([f"no job '{name}' under {where}; jobs there: {known} (--results DIR names another folder)"])
     return path
 
 
@@ -141,8 +143,8 @@ def _summarise(results: Path, job: str, rows: list[dict[str, Any]]) -> dict[str,
 
 
 def _check_folder(results: Path) -> None:
-    if not results.is_dir():
-        raise JobError([f"--results {results}: no such folder; give the one that 'raylab run' wrote to"])
+    if is_empty(results):
+        raise JobError([f"--results {name_results(results)}: no such folder; give the one that 'raylab run' wrote to"])
 
 
 class SeedValue(NamedTuple):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from raylab.checkpoints import note_disk
-from raylab.driver import read_stop, request_stop
+from raylab.driver import has_lost, read_stop, request_stop
 from raylab.identity import name_trial
 from raylab.mistakes import Interrupted, JobError, find_storage_problem
 from raylab.preparation import Preparation, make_spec
@@ -16,8 +16,8 @@ from raylab.rungs import list_rungs
 from raylab.search import Request, Search, is_current, read_targets, read_values
 from raylab.settings import label_values, list_settings, with_settings
 from raylab.specs import TrialSpec
-from raylab.stages import is_building, open_stage
-from raylab.tables import list_trials, now, read_trial, write_rows
+from raylab.stages import is_building, peek_stage
+from raylab.tables import list_trials, now, pull_trial, read_trial, write_rows
 
 # How often a trial's process may die without a new rung in between, and how often its code may fail.
 MOST_DEATHS = 3
@@ -112,6 +112,7 @@ class Schedule:
                 self._retry(trial_id, "the results can't be written")
                 continue
             del self.prepared[trial_id]
+            self.others.clear()
             self.running[trial_id] = Running(ready.rungs, time.monotonic())
             return ready.spec
 
@@ -133,11 +134,12 @@ class Schedule:
             return False  # told when the trial is to start
         if not rungs:
             return False
-        if any(rungs == other.rungs for other in self.running.values()):
-            return open_stage(self.results, rungs[-1]) is None
         looked, held = self.others.get(rungs[-1], (float("-inf"), False))
         if time.monotonic() - looked > LOOK_SECONDS:
-            held = any(is_building(self.results, stage_id) for stage_id in rungs)
+            if any(rungs == other.rungs for other in self.running.values()):
+                held = peek_stage(self.results, rungs[-1]) is None
+            else:
+                held = any(is_building(self.results, stage_id) for stage_id in rungs)
             self.others[rungs[-1]] = (time.monotonic(), held)
         return held
 
@@ -148,7 +150,9 @@ class Schedule:
         the record. One that can't write ends the sweep: it is no fault of the trial.
         """
         self.running.pop(trial_id, None)
+        self.others.clear()
         try:
+            pull_trial(self.results, self.name, trial_id)
             row = read_trial(self.results, self.name, trial_id)
             if end == "waiting":
                 self._retry(trial_id, "another process trains what it needs")
@@ -221,6 +225,8 @@ class Schedule:
         if clock - self.looked < LOOK_SECONDS:
             return
         self.looked = clock
+        if has_lost(self.token):
+            raise Interrupted
         stop = read_stop(self.results, self.name)
         if stop == "now":
             raise Interrupted

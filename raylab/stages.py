@@ -1,16 +1,18 @@
 """Shared work, kept by content: a stage is built once and found again by whatever decides its result."""
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
+from raylab import storage
 from raylab.identity import digest
 from raylab.mistakes import BusyError
 from raylab.world import ALONE, World
@@ -59,21 +61,89 @@ def _read_note(path: Path) -> dict[str, Any] | None:
     return note if isinstance(note, dict) and {"info", "files"} <= note.keys() else None
 
 
+def _ask_note(results: Path, stage_id: str) -> dict[str, Any] | None:
+    """As `_read_note`, of a stage at the URL that the results mirror; None elsewhere."""
+    if not storage.is_mirror(results):
+        return None
+    try:
+        note = json.loads(storage.read(results, results / FOLDER / stage_id / "stage.json"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return note if isinstance(note, dict) and {"info", "files"} <= note.keys() else None
+
+
+def _holds(note: dict[str, Any], needs: str | None) -> bool:
+    return needs is None or any(name.startswith(needs) for name in note["files"])
+
+
+def _is_whole(path: Path, needs: str | None) -> bool:
+    note = _read_note(path)
+    if note is None or not _holds(note, needs):
+        return False
+    try:
+        return all(os.stat(path / name).st_size == size for name, (size, _) in note["files"].items())
+    except OSError:
+        return False
+
+
 def open_stage(results: Path, stage_id: str, needs: str | None = None) -> Path | None:
-    """The folder of a finished stage, or None. A folder appears whole, by one rename.
+    """The folder of a finished stage, or None. A folder appears whole, by one rename; from a URL it is fetched first.
 
     None too where one of its files is missing or has another size than was written, or where `needs` names a file (or
     the beginning of its path) that was pruned.
     """
     path = results / FOLDER / stage_id
-    note = _read_note(path)
-    if note is None or (needs is not None and not any(name.startswith(needs) for name in note["files"])):
-        return None
-    try:
-        whole = all(os.stat(path / name).st_size == size for name, (size, _) in note["files"].items())
-    except OSError:
-        return None
-    return path if whole else None
+    if _is_whole(path, needs):
+        return path
+    note = _ask_note(results, stage_id)
+    return path if note is not None and _holds(note, needs) and _fetch(results, path, note, needs) else None
+
+
+def peek_stage(results: Path, stage_id: str) -> dict[str, Any] | None:
+    """What the builder of a finished stage noted about it, or None; nothing is fetched."""
+    path = results / FOLDER / stage_id
+    if _is_whole(path, None):
+        return read_info(path)
+    note = _ask_note(results, stage_id)
+    return None if note is None else note["info"]
+
+
+@contextlib.contextmanager
+def _placing(results: Path, path: Path) -> Iterator[None]:
+    """Alone on this machine in putting a stage of a mirror into its place."""
+    if not storage.is_mirror(results):
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.place")):
+        yield
+
+
+def _fetch(results: Path, path: Path, note: dict[str, Any], needs: str | None) -> bool:
+    """Gets a stage from the URL; False where its files are gone or are not those of the note."""
+    scratch = path.with_name(f".fetching-{path.name}")
+    with _placing(results, path):
+        if _is_whole(path, needs):  # another process of this machine got it meanwhile
+            return True
+        try:
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir()
+            storage.fetch_files(results, {path / name: scratch / name for name in note["files"]})
+            if any(_digest_file(scratch / name) != found for name, (_, found) in note["files"].items()):
+                return False
+            (scratch / "stage.json").write_text(json.dumps(note, indent=1, sort_keys=True))
+            shutil.rmtree(path, ignore_errors=True)
+            os.replace(scratch, path)
+        except FileNotFoundError:
+            return False
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    _verified.add(_mark(path))
+    return True
+
+
+def _mark(path: Path) -> tuple[str, int]:
+    return str(path), (path / "stage.json").stat().st_mtime_ns
 
 
 def read_info(path: Path) -> dict[str, Any]:
@@ -87,7 +157,7 @@ def find_stage(results: Path, stage_id: str, needs: str | None = None) -> Path |
     path = open_stage(results, stage_id, needs)
     if path is None:
         return None
-    mark = (str(path), (path / "stage.json").stat().st_mtime_ns)
+    mark = _mark(path)
     if mark not in _verified:
         note = _read_note(path)
         if note is None or any(_digest_file(path / name) != found for name, (_, found) in note["files"].items()):
@@ -134,15 +204,24 @@ def build_stage(
             raise BusyError(stage_id)
         try:
             if not found():
-                return _build(path, kind, key, build, world)
+                return _build(results, path, kind, key, build, world)
         finally:
             if world.rank == 0:
                 lock.release()
+    if world.rank:
+        open_stage(results, stage_id, needs)  # its node may have another mirror
     note = _read_note(path) or {}
     return Stage(kind, stage_id, path, True, 0.0, note["info"], note["wall_seconds"])
 
 
-def _build(path: Path, kind: str, key: dict[str, Any], build: Callable[[Path], dict[str, Any]], world: World) -> Stage:
+def _build(
+    results: Path,
+    path: Path,
+    kind: str,
+    key: dict[str, Any],
+    build: Callable[[Path], dict[str, Any]],
+    world: World,
+) -> Stage:
     scratch = path.with_name(f".building-{path.name}")
     if world.rank == 0:
         # A builder that was killed left its half; only the lock's holder may be here.
@@ -160,15 +239,27 @@ def _build(path: Path, kind: str, key: dict[str, Any], build: Callable[[Path], d
             note = {"kind": kind, "key": key, "wall_seconds": seconds, "info": info, "files": files}
             (scratch / "stage.json").write_text(json.dumps(note, indent=1, sort_keys=True))
             _flush(scratch / "stage.json")
-            shutil.rmtree(path, ignore_errors=True)
-            os.replace(scratch, path)
+            _push(results, path, scratch, names)
+            with _placing(results, path):
+                storage.push_files(results, {path / "stage.json": scratch / "stage.json"})
+                shutil.rmtree(path, ignore_errors=True)
+                os.replace(scratch, path)
     except BaseException:
         # A disk that is full stays usable.
         if world.rank == 0:
             shutil.rmtree(scratch, ignore_errors=True)
         raise
     world.broadcast(None)
+    if world.rank:
+        open_stage(results, path.name)  # as above
     return Stage(kind, path.name, path, False, seconds, info)
+
+
+def _push(results: Path, path: Path, scratch: Path, names: list[str]) -> None:
+    """Puts a stage's files at the URL of a mirror; without stage.json, which comes last, they are no stage."""
+    if storage.is_mirror(results):
+        storage.remove(results, path / "stage.json")
+        storage.push_files(results, {path / name: scratch / name for name in names})
 
 
 def _flush(path: Path) -> None:
@@ -207,6 +298,25 @@ def prune_stage(results: Path, stage_id: str, drop: Collection[str]) -> int:
     The stage stays, with its info. It is noted first: a stop in between leaves files that nothing opens.
     """
     path = results / FOLDER / stage_id
+    if storage.is_mirror(results):
+        return _prune_remote(results, path, drop) + _prune_local(path, drop)
+    return _prune_local(path, drop)
+
+
+def _prune_remote(results: Path, path: Path, drop: Collection[str]) -> int:
+    note = _ask_note(results, path.name)
+    dropped = [name for name in note["files"] if name.startswith(tuple(drop))] if note else []
+    if note is None or not dropped:
+        return 0
+    kept = {name: found for name, found in note["files"].items() if name not in dropped}
+    text = json.dumps(note | {"files": kept}, indent=1, sort_keys=True)
+    storage.write(results, path / "stage.json", text.encode())
+    for name in dropped:
+        storage.remove(results, path / name)
+    return sum(note["files"][name][0] for name in dropped)
+
+
+def _prune_local(path: Path, drop: Collection[str]) -> int:
     note = _read_note(path)
     if note is None:
         return 0
@@ -223,7 +333,10 @@ def prune_stage(results: Path, stage_id: str, drop: Collection[str]) -> int:
     return freed
 
 
-def measure_stage(results: Path, stage_id: str) -> int:
-    """Bytes of a stage's files; 0 where it is not there."""
-    note = _read_note(results / FOLDER / stage_id)
-    return sum(size for size, _ in note["files"].values()) if note else 0
+def measure_stages(results: Path, stage_ids: Collection[str]) -> int:
+    """Bytes of some stages' files; 0 for those that are not there."""
+    there = storage.measure(results, FOLDER)
+    if there is not None:
+        return sum(there.get(stage_id, 0) for stage_id in stage_ids)
+    notes = (_read_note(results / FOLDER / stage_id) for stage_id in stage_ids)
+    return sum(size for note in notes if note for size, _ in note["files"].values())

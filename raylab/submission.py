@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from raylab.jobs import dump_yaml
 from raylab.mistakes import JobError
 from raylab.specs import Job
+from raylab.storage import is_url
 
 # How long Ray waits for a driver that it asked to stop, so that running trials can record their rung. Ray reads it in
 # the process that starts the driver, which has the environment of the submission.
@@ -117,7 +118,9 @@ def _explain_token(address: str, told: str) -> str:
 
 
 def check_folder(option: str, path: str) -> str:
-    """A folder as the cluster sees it. Raises JobError where it would depend on where something runs."""
+    """A folder as the cluster sees it, or a URL. Raises JobError where it would depend on where something runs."""
+    if option == "--results" and is_url(path):
+        return path
     if not path.startswith("/"):
         raise JobError([f"{option} {path}: must be an absolute path, as every node of the cluster sees it"])
     return path

@@ -24,6 +24,7 @@ from raylab.repair import repair_job
 from raylab.schedule import LOOK_SECONDS, Schedule
 from raylab.search import Request, Search, list_refused
 from raylab.specs import Job
+from raylab.storage import open_log, publish, pull
 from raylab.tables import now, write_rows
 from raylab.trial import run_trial, set_threads
 
@@ -62,9 +63,10 @@ def run_job(
     seeds = [*job.search.seeds, *(job.search.confirm.seeds if job.search.confirm else ())]
     splits = {seed: preparation.split(seed) for seed in seeds}
     with _session(job, address, here), claim_job(results, job.name) as token:
-        progress.log_to(results / job.name / "log.txt")
+        pull(results, job.name)
+        progress.log_to(open_log(results, job.name, own=True))
         _check_base(preparation)
-        _keep_job(results / job.name / "job.yaml", job)
+        _keep_job(results, job)
         for line in (*repair_job(results, job.name), *_describe_left_out(splits[seeds[0]])):
             progress.note(line)
         memory: dict[Any, Any] = {}
@@ -137,10 +139,11 @@ def _check_base(preparation: Preparation) -> None:
             raise JobError([str(error)]) from None
 
 
-def _keep_job(path: Path, job: Job) -> None:
+def _keep_job(results: Path, job: Job) -> None:
+    path = results / job.name / "job.yaml"
     scratch = path.with_name(".job.yaml")
     scratch.write_text(dump_yaml(job))
-    os.replace(scratch, path)
+    publish(results, scratch, path)
 
 
 def _record_refused(job: Job, results: Path, request: Request, error: str) -> None:

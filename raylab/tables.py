@@ -13,6 +13,7 @@ from raylab.explanations import inner_types
 from raylab.identity import canonical
 from raylab.mistakes import DamagedError
 from raylab.settings import SETTINGS
+from raylab.storage import publish, pull_files
 from raylab.summary import COLUMNS, KEY, TIMES, encode_summary, read_summary
 
 _text, _int, _float = pa.string(), pa.int64(), pa.float64()
@@ -106,7 +107,7 @@ def write_rows(
     summary = encode_summary(plain[0]) if table == "trials" and plain else None
     try:
         scratch.write_bytes(_encode_rows(plain, schema, summary))
-        os.replace(scratch, path)
+        publish(results, scratch, path)
     except OSError:
         # A disk that is full stays usable.
         scratch.unlink(missing_ok=True)
@@ -156,6 +157,11 @@ def read_file(path: Path, table: str) -> pa.Table:
 def _read_file(path: Path, table: str) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = read_file(path, table).select(SCHEMAS[table].names).to_pylist()
     return rows
+
+
+def pull_trial(results: Path, job: str, trial_id: str) -> None:
+    """Brings a trial's rows up to date where the results mirror a URL."""
+    pull_files(results, [table_path(results, job, table, trial_id) for table in SCHEMAS if table != "unseals"])
 
 
 def read_trial(results: Path, job: str, trial_id: str) -> dict[str, Any] | None:

@@ -14,9 +14,8 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from raylab.mistakes import Interrupted, JobError
-from raylab.settings import dump_spec
 from raylab.specs import Job, TrialSpec
-from raylab.workers import check_fit, count_slots, trial_resources, tune_trial
+from raylab.workers import check_fit, count_slots, pack_spec, trial_resources, tune_trial
 
 # How often the sweep looks at which nodes there are.
 NODE_SECONDS = 5
@@ -55,7 +54,7 @@ class ArmSearcher(Searcher):
         if spec is None:
             return None
         self.names[trial_id] = spec.trial_id
-        return {"spec": dump_spec(spec)}
+        return {"spec": pack_spec(spec)}
 
     def _count_slots(self) -> int:
         """Nodes come and go: counted again now and then."""

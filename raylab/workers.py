@@ -1,7 +1,9 @@
 """Where trials run: in a Tune actor, or, with several workers, under Ray Train with DistributedDataParallel."""
 
+import errno
 import os
-import tempfile
+import socket
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -11,9 +13,12 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from raylab.judge import decide
-from raylab.mistakes import JobError, find_storage_problem, list_causes
+from raylab.mistakes import JobError, RemoteError, find_storage_problem, list_causes
 from raylab.settings import dump_spec
 from raylab.specs import Job, TrialSpec
+from raylab.stages import FOLDER, open_stage
+from raylab.storage import is_mirror, lend_folder, name_results, open_results
+from raylab.tables import pull_trial
 from raylab.trial import run_trial, set_threads
 from raylab.world import World
 
@@ -54,6 +59,37 @@ def trial_resources(job: Job) -> dict[str, float]:
     return {"CPU": job.resources.cpus_per_worker, "GPU": gpus_per_worker(job)}
 
 
+def pack_spec(spec: TrialSpec) -> str:
+    """A trial's spec as it travels: results that mirror a URL are named by it, since every node has its own mirror."""
+    where, path = name_results(Path(spec.results)), spec.encoder_path
+    if path is not None and Path(path).is_relative_to(spec.results):
+        path = f"{where}/{Path(path).relative_to(spec.results)}"
+    return dump_spec(spec.model_copy(update={"results": where, "encoder_path": path}))
+
+
+def unpack_spec(text: str) -> TrialSpec:
+    """The spec on this node: of results at a URL, the mirror is opened, and what the trial goes on from is fetched.
+
+    Raises RemoteError where the URL can't be read from here.
+    """
+    spec = TrialSpec.model_validate_json(text)
+    try:
+        results = open_results(spec.results)
+    except JobError as error:
+        raise RemoteError(errno.EIO, f"{socket.gethostname()}: {error.problems[0]}") from None
+    if not is_mirror(results):
+        return spec
+    pull_trial(results, spec.job, spec.trial_id)
+    needed, path = [spec.corpus, spec.tokenizer, *spec.tokens.values()], spec.encoder_path
+    if path is not None and path.startswith(f"{spec.results}/"):
+        path = str(results / path.removeprefix(f"{spec.results}/"))
+        needed.append(Path(path).relative_to(results).parts[1])
+    for stage_id in needed:
+        if open_stage(results, stage_id) is None:
+            raise RemoteError(errno.EIO, f"{spec.results}: {FOLDER}/{stage_id} is gone or damaged")
+    return spec.model_copy(update={"results": str(results), "encoder_path": path})
+
+
 def _hide_gpus(spec: TrialSpec) -> None:
     """A trial that asked for no GPU sees none: whether Ray hides them differs between its versions."""
     if spec.settings.resources.gpus_per_worker == 0:
@@ -62,10 +98,10 @@ def _hide_gpus(spec: TrialSpec) -> None:
 
 def tune_trial(config: dict[str, Any]) -> None:
     """Tune's trainable: one trial from its spec. Reports its end; an error of its code is raised."""
-    spec = TrialSpec.model_validate_json(config["spec"])
-    _hide_gpus(spec)
     end = "done"
     try:
+        spec = unpack_spec(config["spec"])
+        _hide_gpus(spec)
         if spec.settings.resources.workers > 1:
             _train_with_workers(spec)
         else:
@@ -90,21 +126,23 @@ def _train_with_workers(spec: TrialSpec) -> None:
     gpus = gpus_per_worker(spec.settings)
     per_worker = {"CPU": resources.cpus_per_worker - COORDINATOR_CPUS} | ({"GPU": gpus} if gpus else {})
     # Ray Train wants a place that all nodes see for checkpoints; it is given none, and nothing is left behind.
-    with tempfile.TemporaryDirectory(prefix=".train-", dir=spec.results) as scratch:
+    with lend_folder(Path(spec.results), ".train-") as (scratch, filesystem):
         TorchTrainer(
             train_worker,
-            train_loop_config={"spec": dump_spec(spec)},
+            train_loop_config={"spec": pack_spec(spec)},
             scaling_config=ScalingConfig(
                 num_workers=resources.workers, use_gpu=gpus > 0, resources_per_worker=per_worker
             ),
             torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=7200),
-            run_config=RunConfig(storage_path=scratch, failure_config=FailureConfig(max_failures=0)),
+            run_config=RunConfig(
+                storage_path=scratch, storage_filesystem=filesystem, failure_config=FailureConfig(max_failures=0)
+            ),
         ).fit()
 
 
 def train_worker(config: dict[str, Any]) -> None:
     """One of a trial's workers; all of them run the same trial, rank 0 evaluates and writes."""
-    spec = TrialSpec.model_validate_json(config["spec"])
+    spec = unpack_spec(config["spec"])
     _hide_gpus(spec)
     set_threads(spec.settings.resources.cpus_per_worker)
     context = train.get_context()

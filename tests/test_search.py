@@ -13,7 +13,7 @@ from raylab.identity import name_arm
 from raylab.judge import decide, keep_going
 from raylab.mistakes import JobError
 from raylab.search import MOST_HELD, MOST_REPEATS, Search, is_current, list_refused, name_refused, read_values
-from raylab.settings import list_settings, with_settings
+from raylab.settings import list_measures, list_settings, with_settings
 from raylab.specs import ADAPTIVE, TrialSpec
 from raylab.tables import list_summaries, list_trials, read_trial, write_rows
 
@@ -68,7 +68,7 @@ class Driver:
         known = read_trial(self.results, self.job.name, trial_id)
         started = START + datetime.timedelta(seconds=next(SECONDS))
         row = {
-            **list_settings(with_settings(self.job, request.values)),
+            **list_measures(with_settings(self.job, request.values)),
             "arm": request.arm,
             "phase": request.phase,
             "seed": request.seed,
@@ -618,13 +618,14 @@ def test_a_search_without_any_value_says_so(make_driver):
     assert "no arm ran to the end with a value of every target" in driver.search.notes[0]
 
 
-def test_a_job_with_a_target_more_passes_over_what_was_stopped(make_driver):
+def test_what_was_measured_for_other_targets_runs_again(make_driver):
+    """From its stages, mostly: what was stopped for one target may be good for another."""
     driver = make_driver({"search.num_arms": 2})
     driver.finish(driver.next(), "stopped", value=0.5, rung=1)
     driver.finish(driver.next())
     driver = make_driver({"search.num_arms": 3, "search.targets": TWO}, measure=compute_two)
-    assert len(driver.run()) == 1
-    assert len(driver.search.scores) == 1
+    assert len(driver.run()) == 3
+    assert len(driver.search.scores) == 3
 
 
 # Designs around the base arm
@@ -831,7 +832,7 @@ def make_stopping(make_job, changes=None, space=None):
 def write_scores(folder, job, name, values, *, phase="search"):
     """A trial whose target was `values` at rungs 1, 2 and so on."""
     row = {
-        **list_settings(job), "arm": name, "seed": 0, "phase": phase,
+        **list_measures(job), "arm": name, "seed": 0, "phase": phase,
         "status": "running", "rung": len(values), "num_rungs": 4, "started_at": START,
     }  # fmt: skip
     write_rows(folder, job.name, "trials", f"{name}-0", [row | {"rung_values": list(values)}])
