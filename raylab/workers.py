@@ -120,9 +120,8 @@ def train_worker(config: dict[str, Any]) -> None:
 
     try:
         run_trial(spec, decide=decide, world=World(context.get_world_rank(), context.get_world_size(), broadcast))
-    except (BusyError, SupersededError):
-        raise
     except Exception as error:
+        if isinstance(error, BusyError | SupersededError) or find_storage_problem(error):
+            raise
         # As in `tune_trial`.
-        problem = find_storage_problem(error)
-        raise (OSError(problem) if problem else RuntimeError(describe_error(error))) from None
+        raise RuntimeError(describe_error(error)) from None
