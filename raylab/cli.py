@@ -1,5 +1,6 @@
 """The commands. Each imports what it needs when it runs, so that `status` and `query` stay quick."""
 
+import contextlib
 import getpass
 import json
 import os
@@ -190,11 +191,15 @@ def _run(job: Any, where: str, address: str | None, here: bool) -> None:
     progress = SweepProgress(messages, job.name, live=False if here else None)
     given = [*(("--results", where) if where != RESULTS else ()), *(("--address", address) if address else ())]
     again = shlex.join(["raylab", "resume", job.name, *given])
-    try:
-        ended = run_job(job, results, progress, address=address, here=here)
-    except KeyboardInterrupt:
+
+    def tell_end(why: str) -> None:
         progress.stop()
-        messages.print(f"interrupted; what is done is kept. Go on with: {again}", highlight=False)
+        messages.print(f"{why}; what is done is kept. Go on with: {again}", highlight=False)
+
+    try:
+        ended = run_job(job, results, progress, address=address, here=here, tell_lost=tell_end)
+    except KeyboardInterrupt:
+        tell_end("interrupted")
         raise typer.Exit(1) from None
     finally:
         progress.stop()
@@ -361,7 +366,14 @@ def main(arguments: list[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     given = [argument for argument in given if argument != "--debug"]
-    sys.exit(_call(lambda: app(args=given, standalone_mode=False), debug))
+    code = _call(lambda: app(args=given, standalone_mode=False), debug)
+    if arguments is not None:
+        sys.exit(code)
+    # Else the interpreter takes torch apart, object by object, before it ends: seconds.
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def _call(act: Callable[[], Any], debug: bool) -> int:
