@@ -70,7 +70,7 @@ def run_timed(job: Job, results: Path) -> list[float]:
             super().finish_trial(*arguments)
 
     with open(os.devnull, "w") as nowhere:
-        states = run_job(job, results, Watch(Console(file=nowhere)))
+        states = run_job(job, results, Watch(Console(file=nowhere))).states
     assert states == {"complete": len(ends)}, states
     return [*ends, time.perf_counter() - started]
 

@@ -51,6 +51,11 @@ def print_rows(rows: Any, form: Format) -> None:
     if form is Format.csv:
         import pyarrow.csv
 
+        # What CSV has no form for (an interval, a list) is written as text.
+        for index, field in enumerate(table.schema):
+            if pa.types.is_nested(field.type) or pa.types.is_interval(field.type) or pa.types.is_binary(field.type):
+                texts = [None if value is None else str(value) for value in table.column(index).to_pylist()]
+                table = table.set_column(index, field.name, pa.array(texts, pa.string()))
         pa.csv.write_csv(table, sys.stdout.buffer)
     elif form is Format.parquet:
         import pyarrow.parquet

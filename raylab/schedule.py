@@ -164,7 +164,7 @@ class Schedule:
                 self._retry(trial_id, end)
             elif end == "died" and self._may_try_again(trial_id, row):
                 self._retry(trial_id, "its process died" if row is None or row["error"] is None else row["error"])
-            elif end == "done" and row is not None and row["status"] == "running":
+            elif end == "done" and (row is None or row["status"] == "running"):
                 self.looked = float("-inf")  # it saw a request to stop that this process may not have seen yet
                 self._retry(trial_id, "stopped after its rung")
             else:

@@ -51,6 +51,9 @@ def run_trial(spec: TrialSpec, *, decide: Decide = go_on, world: World = ALONE) 
     _reset_peak_memory()
     row = _open_row(spec)
     results, last = Path(spec.results), num_rungs(spec.settings)
+    # Handed out before the job was asked to stop, begun after.
+    if spec.driver is not None and world.broadcast(world.rank == 0 and read_stop(results, spec.job) is not None):
+        return row
     used = Used(spec)
     started = time.perf_counter()
 

@@ -72,7 +72,8 @@ class ArmSearcher(Searcher):
         if time.monotonic() - self.counted > NODE_SECONDS:
             self.counted = time.monotonic()
             self.slots = min(count_slots(self.job, self.gpus), self.job.resources.max_concurrent_trials or 2**31)
-        return self.slots
+        # Tune keeps one process at most for the next trial, unless one waits: then a trial's end costs no process.
+        return self.slots + (self.slots > 1 and self.job.resources.workers == 1)
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
         """Passes the end of a trial on."""
@@ -115,7 +116,8 @@ class SweepWatch(tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Tune keeps every trial to the end: of thousands, their specs and results would fill the driver's memory."""
         trial.config, trial.evaluated_params = {}, {}
-        trial.run_metadata = type(trial.run_metadata)()
+        trial.run_metadata.metric_analysis, trial.run_metadata.metric_n_steps = {}, {}
+        trial.run_metadata.last_result = {"rung": 1}
 
     on_trial_error = on_trial_complete
 
