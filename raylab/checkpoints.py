@@ -4,17 +4,16 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
+from raylab.disk import NOTE
 from raylab.results import list_jobs
 from raylab.specs import Job
 from raylab.stages import measure_stages, peek_stage, prune_stage
-from raylab.storage import publish, pull, read
+from raylab.storage import publish, pull
 from raylab.tables import list_trials, read_rows
 
 # What pruning takes of a rung that nothing goes on from, or that is no trial's final encoder.
 WEIGHTS = ("encoder", "optimizer.safetensors")
-NOTE = ".disk.json"
 
 
 def prune_checkpoints(results: Path, job: Job) -> int:
@@ -68,13 +67,4 @@ def note_disk(results: Path, job: str) -> dict[str, int]:
     scratch = results / job / f"{NOTE}.{os.getpid()}"
     scratch.write_text(json.dumps(found))
     publish(results, scratch, results / job / NOTE)
-    return found
-
-
-def read_disk(results: Path, job: str) -> dict[str, Any]:
-    """What a driver noted last; empty where none did."""
-    try:
-        found: dict[str, Any] = json.loads(read(results, results / job / NOTE))
-    except (OSError, ValueError):
-        return {}
     return found

@@ -1,6 +1,6 @@
 """The commands. Each imports what it needs when it runs, so that `status` and `query` stay quick."""
 
-import getpass
+import contextlib
 import json
 import os
 import shlex
@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from raylab.mistakes import JobError
-from raylab.output import Format, messages, output, print_ranking, print_rows
+from raylab.output import Format, messages, name_user, output, print_ranking, print_rows, tell_submitted
 
 app = typer.Typer(
     add_completion=False,
@@ -100,7 +100,7 @@ def resume(
         changes = [part for item in overrides or [] for part in ("--set", item)]
         changes += ["--data", check_folder("--data", str(data))] if data is not None else []
         with connect(address) as cluster:
-            _tell_submitted(name, address, resume_job(cluster, name, _there(results), changes))
+            tell_submitted(name, address, resume_job(cluster, name, _there(results), changes))
         return
     from raylab.results import find_job
 
@@ -116,14 +116,6 @@ def _there(results: str) -> str | None:
     from raylab.submission import check_folder
 
     return None if results == RESULTS else check_folder("--results", results)
-
-
-def _tell_submitted(name: str, address: str, submission_id: str) -> None:
-    print(submission_id, flush=True)
-    messages.print(
-        f"submitted; follow it with: {shlex.join(['raylab', 'logs', name, '--address', address, '--follow'])}",
-        highlight=False,
-    )
 
 
 @app.command()
@@ -144,7 +136,7 @@ def submit(
     loaded = _load(job, data, overrides)
     with connect(address) as cluster:
         submission_id = submit_job(cluster, loaded, folder)
-        _tell_submitted(loaded.name, address, submission_id)
+        tell_submitted(loaded.name, address, submission_id)
         try:
             state = wait_for(cluster, submission_id) if wait else None
         except KeyboardInterrupt:
@@ -190,11 +182,15 @@ def _run(job: Any, where: str, address: str | None, here: bool) -> None:
     progress = SweepProgress(messages, job.name, live=False if here else None)
     given = [*(("--results", where) if where != RESULTS else ()), *(("--address", address) if address else ())]
     again = shlex.join(["raylab", "resume", job.name, *given])
-    try:
-        ended = run_job(job, results, progress, address=address, here=here)
-    except KeyboardInterrupt:
+
+    def tell_end(why: str) -> None:
         progress.stop()
-        messages.print(f"interrupted; what is done is kept. Go on with: {again}", highlight=False)
+        messages.print(f"{why}; what is done is kept. Go on with: {again}", highlight=False)
+
+    try:
+        ended = run_job(job, results, progress, address=address, here=here, tell_lost=tell_end)
+    except KeyboardInterrupt:
+        tell_end("interrupted")
         raise typer.Exit(1) from None
     finally:
         progress.stop()
@@ -313,15 +309,8 @@ def unseal(
 
     folder = _open(results).resolve()
     job = load_job(find_job(folder, name))
-    unseal_job(job, folder, arms or [], by=_user(), reason=reason, tell=messages.print)
+    unseal_job(job, folder, arms or [], by=name_user(), reason=reason, tell=messages.print)
     print_ranking(job, folder, split="test")
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return str(os.getuid())
 
 
 @app.command()
@@ -361,7 +350,14 @@ def main(arguments: list[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     given = [argument for argument in given if argument != "--debug"]
-    sys.exit(_call(lambda: app(args=given, standalone_mode=False), debug))
+    code = _call(lambda: app(args=given, standalone_mode=False), debug)
+    if arguments is not None:
+        sys.exit(code)
+    # Else the interpreter takes torch apart, object by object, before it ends: seconds.
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def _call(act: Callable[[], Any], debug: bool) -> int:

@@ -100,43 +100,60 @@ def _evaluate_task(spec: TrialSpec, encoder: str, task: str, model: Callable[[],
 
     built: list[Stage] = []
 
+    def open_embeddings(store: TokenStore, needed: Ints) -> NDArray[np.float32]:
+        built.append(embed_rows(spec, model, encoder, task, store, needed))
+        x: NDArray[np.float32] = np.load(built[0].path / "embeddings.npy", mmap_mode="r")
+        return x
+
     def build(folder: Path) -> dict[str, Any]:
-        rows = open_rows(root / spec.corpus, task)
-        store = open_tokens(root / spec.tokens[task])
-        validation = np.flatnonzero(rows["part"] == VALIDATION)
-        draws = list(list_draws(rows, task, evaluate, spec.seed))
-        needed = np.unique(np.concatenate([validation, *(draw.rows for draw in draws)]))
-        embedded = embed_rows(spec, model, encoder, task, store, needed)
-        built.append(embedded)
-        x = np.load(embedded.path / "embeddings.npy", mmap_mode="r")
-        scores = score_draws(
-            spec, model, task, draws, rows["label"], rows["group"], store,
-            train_x=lambda chosen, x=x, needed=needed: x[np.searchsorted(needed, chosen)],
-            eval_x=x[np.searchsorted(needed, validation)],
-            eval_y=rows["label"][validation],
-            eval_store=store,
-            eval_rows=validation,
-        )  # fmt: skip
-        geometry = measure_geometry(
-            np.asarray(x[np.searchsorted(needed, validation)]),
-            rows["label"][validation],
-            thresholds=evaluate.geometry.thresholds,
-            max_points=evaluate.geometry.max_points,
-            graph_points=evaluate.geometry.graph_points,
-            # The same points for every trial, so that a difference is never one of sampling.
-            seed=derive_seed("geometry"),
-        )
-        found = {
-            "scores": list(scores),
-            "geometry": [row._asdict() | {"value": None if np.isnan(row.value) else row.value} for row in geometry],
-        }
+        found = measure_task(spec, task, model, open_embeddings)
         (folder / "rows.json").write_text(json.dumps(found, allow_nan=False))
-        return {"embedded": embedded.stage_id}
+        return {"embedded": built[0].stage_id}
 
     done = build_stage(Path(spec.results), "evaluate", key, build)
     # Found, its embeddings were used none the less.
     embedded = done.info["embedded"]
     return built[0] if built else Stage("embed", embedded, root / embedded, True, 0.0, {}), done
+
+
+def measure_task(
+    spec: TrialSpec,
+    task: str,
+    model: Callable[[], nn.Module],
+    open_embeddings: Callable[[TokenStore, Ints], NDArray[np.float32]],
+) -> dict[str, list[dict[str, Any]]]:
+    """Scores and geometry of an encoder on a task's validation rows, as plain rows; nothing is kept.
+
+    `open_embeddings(store, rows)` gives the embeddings [len(rows), D] of some rows of the task.
+    """
+    evaluate, root = spec.settings.evaluate, Path(spec.results) / FOLDER
+    rows = open_rows(root / spec.corpus, task)
+    store = open_tokens(root / spec.tokens[task])
+    validation = np.flatnonzero(rows["part"] == VALIDATION)
+    draws = list(list_draws(rows, task, evaluate, spec.seed))
+    needed = np.unique(np.concatenate([validation, *(draw.rows for draw in draws)]))
+    x = open_embeddings(store, needed)
+    scores = score_draws(
+        spec, model, task, draws, rows["label"], rows["group"], store,
+        train_x=lambda chosen: x[np.searchsorted(needed, chosen)],
+        eval_x=x[np.searchsorted(needed, validation)],
+        eval_y=rows["label"][validation],
+        eval_store=store,
+        eval_rows=validation,
+    )  # fmt: skip
+    geometry = measure_geometry(
+        np.asarray(x[np.searchsorted(needed, validation)]),
+        rows["label"][validation],
+        thresholds=evaluate.geometry.thresholds,
+        max_points=evaluate.geometry.max_points,
+        graph_points=evaluate.geometry.graph_points,
+        # The same points for every trial, so that a difference is never one of sampling.
+        seed=derive_seed("geometry"),
+    )
+    return {
+        "scores": list(scores),
+        "geometry": [row._asdict() | {"value": None if np.isnan(row.value) else row.value} for row in geometry],
+    }
 
 
 def embed_rows(

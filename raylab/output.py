@@ -1,6 +1,9 @@
 """What commands print: rows in the asked format, arms ranked; answers on stdout, messages on stderr."""
 
+import getpass
 import json
+import os
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -31,9 +34,6 @@ class Format(StrEnum):
 
 def print_rows(rows: Any, form: Format) -> None:
     """Rows (an Arrow table, or mappings of one set of keys) on stdout, in the asked format."""
-    import pyarrow as pa
-
-    # Arrow's own conversion from Python loads pandas: only where an Arrow format is asked for.
     listed = rows if isinstance(rows, list) else rows.to_pylist()
     if form is Format.json:
         print(json.dumps(listed, default=str, indent=1))
@@ -47,6 +47,9 @@ def print_rows(rows: Any, form: Format) -> None:
             grid.add_row(*("" if row.get(name) is None else _show(row[name]) for name in names))
         output.print(grid)
         return
+    # Arrow's own conversion from Python loads pandas: only where an Arrow format is asked for.
+    import pyarrow as pa
+
     table = pa.Table.from_pylist(rows) if isinstance(rows, list) else rows
     if form is Format.csv:
         import pyarrow.csv
@@ -69,6 +72,23 @@ def _interval(value: Any, signed: bool = False) -> str:
     sign = "+" if signed else ""
     text = f"{value.mean:{sign}.3f}"
     return text if value.num_seeds < 2 else f"{text} [{value.low:{sign}.3f}, {value.high:{sign}.3f}]"
+
+
+def tell_submitted(name: str, address: str, submission_id: str) -> None:
+    """Ray's id of a job on stdout, and how to follow it."""
+    print(submission_id, flush=True)
+    messages.print(
+        f"submitted; follow it with: {shlex.join(['raylab', 'logs', name, '--address', address, '--follow'])}",
+        highlight=False,
+    )
+
+
+def name_user() -> str:
+    """Who runs this process, for the record."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
 
 
 def print_log(find: Callable[[], Path], every: float | None) -> None:

@@ -4,14 +4,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from raylab.mistakes import JobError
+from raylab.disk import read_disk
+from raylab.driver import is_driven
+from raylab.mistakes import DamagedError, JobError
 from raylab.storage import is_empty, name_results
+from raylab.summary import COLUMNS, read_summary
 
+# `status` needs neither Arrow nor DuckDB: they are imported where rows are read.
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import duckdb
+    import pyarrow as pa
 
 
 def open_tables(results: Path, sql: str | None = None) -> "duckdb.DuckDBPyConnection":
@@ -22,8 +26,9 @@ def open_tables(results: Path, sql: str | None = None) -> "duckdb.DuckDBPyConnec
     """
     _check_folder(results)
     import duckdb
+    import pyarrow as pa
 
-    from raylab.tables import SCHEMAS, read_file
+    from raylab.tables import SCHEMAS
 
     connection = duckdb.connect()
     for table, schema in SCHEMAS.items():
@@ -31,7 +36,7 @@ def open_tables(results: Path, sql: str | None = None) -> "duckdb.DuckDBPyConnec
             # Not schema.empty_table(), which loads pandas.
             parts = [
                 pa.Table.from_batches([], schema=schema),
-                *(read_file(path, table) for path in list_files(results, table)),
+                *_read_files(results, table),
             ]
             connection.register(table, pa.concat_tables(parts, promote_options="default"))
     connection.execute("set enable_external_access=false")
@@ -39,7 +44,18 @@ def open_tables(results: Path, sql: str | None = None) -> "duckdb.DuckDBPyConnec
     return connection
 
 
-def query(results: Path, sql: str) -> pa.Table:
+def _read_files(results: Path, table: str) -> "Iterator[pa.Table]":
+    """The files of a table. Raises JobError at one that is damaged: an answer without it would be another one."""
+    from raylab.tables import read_file
+
+    for path in list_files(results, table):
+        try:
+            yield read_file(path, table)
+        except DamagedError as error:
+            raise JobError([str(error)]) from None
+
+
+def query(results: Path, sql: str) -> "pa.Table":
     """The answer to a query. Raises JobError where it is wrong, in one line."""
     import duckdb
 
@@ -81,7 +97,7 @@ def find_job(results: Path, name: str) -> Path:
 def summarise_jobs(results: Path, name: str | None = None) -> list[dict[str, Any]]:
     """A row a job: trials by state, arms, their seconds, last failure and last change.
 
-    Without DuckDB, and only of the columns that it takes: people look at it often.
+    Without DuckDB, and from the files' summaries where they have one: people look at it often.
     """
     _check_folder(results)
     if name is not None:
@@ -90,28 +106,38 @@ def summarise_jobs(results: Path, name: str | None = None) -> list[dict[str, Any
     for path in list_files(results, "trials"):
         job = path.parts[-3]
         if name in (None, job):
-            columns = pq.ParquetFile(path).read(columns=STATUS_COLUMNS, use_threads=False)
-            # Times as numbers: Arrow loads pandas to make Python's times of them.
-            plain = {key: columns[key].cast("int64") if key == "updated_at" else columns[key] for key in STATUS_COLUMNS}
-            rows = zip(*(column.to_pylist() for column in plain.values()), strict=True)
-            found.setdefault(job, []).extend(dict(zip(STATUS_COLUMNS, row, strict=True)) for row in rows)
-    return [_summarise(job, rows) for job, rows in sorted(found.items()) if name in (None, job)]
+            found.setdefault(job, []).append(_read_summary(path))
+    return [_summarise(results, job, rows) for job, rows in sorted(found.items()) if name in (None, job)]
 
 
-STATUS_COLUMNS = ["arm", "status", "wall_seconds", "error", "updated_at"]
+def _read_summary(path: Path) -> dict[str, Any]:
+    found = read_summary(path)
+    if found is not None:
+        return found
+    from raylab.tables import summarise_trial
+
+    try:
+        return summarise_trial(path)
+    except DamagedError as error:
+        return dict.fromkeys(COLUMNS) | {"arm": path.stem, "error": str(error), "updated_at": 2**62}
+
+
 STATES = ("complete", "running", "stopped", "failed", "infeasible")
 
 
-def _summarise(job: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _summarise(results: Path, job: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     trials = [row for row in rows if not row["arm"].startswith("baseline:")]
     failures = [row for row in trials if row["error"] is not None]
-    last = max((row["updated_at"] for row in trials), default=None)
+    last = max((row["updated_at"] for row in trials if row["status"]), default=None)
+    disk = read_disk(results, job)
     return {
         "job": job,
+        "driver": is_driven(results, job),
         **{state: sum(row["status"] == state for row in trials) for state in STATES},
         "arms": len({row["arm"] for row in trials}),
         "trial_seconds": round(sum(row["wall_seconds"] or 0.0 for row in trials), 1),
         "last_error": max(failures, key=lambda row: row["updated_at"])["error"] if failures else None,
+        "disk_bytes": disk["tables_bytes"] + disk["stages_bytes"] if disk else None,
         "updated_at": None if last is None else datetime.fromtimestamp(last / 1e6, UTC),
     }
 

@@ -1,10 +1,11 @@
 """A job's sweep: Ray Tune runs the trials that the search asks for; `here` runs them one by one without Ray."""
 
 import contextlib
+import functools
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from raylab.driver import claim_job, read_stop, request_stop
 from raylab.identity import name_trial
 from raylab.jobs import dump_yaml
 from raylab.judge import decide
-from raylab.mistakes import BusyError, InfeasibleError, JobError, find_storage_problem
+from raylab.mistakes import BusyError, InfeasibleError, Interrupted, JobError, find_storage_problem
 from raylab.preparation import Preparation, make_spec, name_point, prepare
 from raylab.pretrain import make_units, open_data
 from raylab.progress import SweepProgress
@@ -36,6 +37,8 @@ ENVIRONMENT = {
     "RAY_DEDUP_LOGS": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    # Snapshots that nothing here reads.
+    "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",
     "TUNE_MAX_PENDING_TRIALS_PG": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "TOKENIZERS_PARALLELISM": "false",
@@ -52,17 +55,37 @@ class Ended(NamedTuple):
 
 
 def run_job(
-    job: Job, results: Path, progress: SweepProgress, *, address: str | None = None, here: bool = False
+    job: Job,
+    results: Path,
+    progress: SweepProgress,
+    *,
+    address: str | None = None,
+    here: bool = False,
+    tell_lost: Callable[[str], None] = print,
 ) -> Ended:
     """Runs what is missing of a job. Raises JobError before any worker starts, Interrupted on a stop at once.
 
-    `address` names a running Ray cluster; `here` runs every trial in this process, for a debugger.
+    `address` names a running Ray cluster; `here` runs every trial in this process, for a debugger. Where Ray dies,
+    `tell_lost` is told why, from another thread, and the process ends with code 1.
     """
+    with _on_sigterm(_interrupt):
+        return _run_job(job, results, progress, address, here, tell_lost)
+
+
+def _run_job(
+    job: Job,
+    results: Path,
+    progress: SweepProgress,
+    address: str | None,
+    here: bool,
+    tell_lost: Callable[[str], None],
+) -> Ended:
     preparation = prepare(job, results, progress.tell)
     name_point(preparation, {})  # the base arm must be able to run
     seeds = [*job.search.seeds, *(job.search.confirm.seeds if job.search.confirm else ())]
     splits = {seed: preparation.split(seed) for seed in seeds}
-    with _session(job, address, here), claim_job(results, job.name, tell=progress.note) as token:
+    claim = claim_job(results, job.name, tell=progress.note)
+    with _session(job, address, here, progress, tell_lost), claim as token:
         pull(results, job.name)
         progress.log_to(open_log(results, job.name, own=True))
         _check_base(preparation)
@@ -81,7 +104,9 @@ def run_job(
         )
         schedule = Schedule(preparation, search, progress, token)
         schedule.tell_kept()
-        with _stop_on_sigterm(results, job.name):
+        # As a cluster sends it before it kills: what `raylab stop` does; a second one stops at once.
+        stop = functools.partial(_ask_to_stop, results, job.name)
+        with _on_sigterm(stop):
             if here:
                 _run_here(schedule)
             else:
@@ -96,7 +121,9 @@ def run_job(
 
 
 @contextlib.contextmanager
-def _session(job: Job, address: str | None, here: bool) -> Iterator[None]:
+def _session(
+    job: Job, address: str | None, here: bool, progress: SweepProgress, tell_lost: Callable[[str], None]
+) -> Iterator[None]:
     """Ray for the time of the sweep, first of all: no work is done for a cluster that does not answer."""
     if here:
         yield
@@ -106,19 +133,18 @@ def _session(job: Job, address: str | None, here: bool) -> Iterator[None]:
     # Ray reads the environment when it is imported.
     from raylab.tuning import ray_session
 
-    with ray_session(job, address):
-        yield
+    with ray_session(job, address, tell_lost) as read_usage:
+        progress.gauge = read_usage
+        try:
+            yield
+        finally:
+            progress.gauge = None
 
 
 @contextlib.contextmanager
-def _stop_on_sigterm(results: Path, name: str) -> Iterator[None]:
-    """SIGTERM, as a cluster sends it before it kills, does what `raylab stop` does; a second one stops at once."""
-
-    def handle(number: int, frame: Any) -> None:
-        request_stop(results, name, now=read_stop(results, name) is not None)
-
+def _on_sigterm(act: Callable[[], None]) -> Iterator[None]:
     try:
-        before = signal.signal(signal.SIGTERM, handle)
+        before = signal.signal(signal.SIGTERM, lambda number, frame: act())
     except ValueError:  # no signal arrives outside the main thread
         yield
         return
@@ -126,6 +152,14 @@ def _stop_on_sigterm(results: Path, name: str) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt() -> None:
+    raise Interrupted
+
+
+def _ask_to_stop(results: Path, name: str) -> None:
+    request_stop(results, name, now=read_stop(results, name) is not None)
 
 
 def _check_base(preparation: Preparation) -> None:

@@ -14,6 +14,7 @@ from raylab.identity import canonical
 from raylab.mistakes import DamagedError
 from raylab.settings import SETTINGS
 from raylab.storage import publish, pull_files
+from raylab.summary import COLUMNS, KEY, TIMES, encode_summary, read_summary
 
 _text, _int, _float = pa.string(), pa.int64(), pa.float64()
 _time = pa.timestamp("us", tz="UTC")
@@ -32,7 +33,7 @@ SCHEMAS: dict[str, pa.Schema] = {
     "trials": pa.schema(
         {
             "job": _text, "trial_id": _text, "arm": _text, "phase": _text, "seed": _int, "status": _text, "rung": _int,
-            "num_rungs": _int, "target_values": _text, "search.targets": _text, **SETTING_COLUMNS,
+            "num_rungs": _int, "target_values": _text, "rung_values": _text, "search.targets": _text, **SETTING_COLUMNS,
             "supervised_by": _text, "effective_spans": _text, "attempts": _int,
             "wall_seconds": _float, "gpu_seconds": _float, "device": _text, "peak_memory_bytes": _int,
             "num_steps": _int, "num_tokens": _int, "num_documents": _int, "flops": _float,
@@ -103,13 +104,27 @@ def write_rows(
     path = table_path(results, job, table, trial_id, suffix)
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    summary = encode_summary(plain[0]) if table == "trials" and plain else None
     try:
-        pq.write_table(pa.Table.from_pylist(plain, schema=schema), scratch, write_page_checksum=True)
+        scratch.write_bytes(_encode_rows(plain, schema, summary))
         publish(results, scratch, path)
     except OSError:
         # A disk that is full stays usable.
         scratch.unlink(missing_ok=True)
         raise
+
+
+def _encode_rows(rows: list[dict[str, Any]], schema: pa.Schema, summary: str | None) -> pa.Buffer:
+    """A Parquet file in memory: writing it piece by piece to disk takes longer."""
+    stream = pa.BufferOutputStream()
+    # Of a file of one row, dictionaries, statistics and Arrow's own copy of the schema are most of the bytes.
+    packed: dict[str, Any] = {"use_dictionary": len(rows) > 1, "compression": "snappy" if len(rows) > 1 else "none"}
+    packed |= {"write_statistics": False, "store_schema": False, "write_page_checksum": True}
+    with pq.ParquetWriter(stream, schema, **packed) as writer:
+        writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
+        if summary is not None:
+            writer.add_key_value_metadata({KEY: summary})
+    return stream.getvalue()
 
 
 def read_file(path: Path, table: str) -> pa.Table:
@@ -161,6 +176,26 @@ def read_rows(results: Path, job: str, table: str, trial_id: str, suffix: str = 
     """A trial's rows of a table; none where it has not written yet."""
     path = table_path(results, job, table, trial_id, suffix)
     return _read_file(path, table) if path.is_file() else []
+
+
+def summarise_trial(path: Path) -> dict[str, Any]:
+    """What is looked at often of a trial (`summary.COLUMNS`), from its file of `trials`; times are numbers.
+
+    Raises DamagedError.
+    """
+    found = read_summary(path)
+    if found is None:  # of an older raylab
+        rows = read_file(path, "trials").select(COLUMNS)
+        # Arrow loads pandas to make Python's times of its own.
+        found = {name: (rows[name].cast("int64") if name in TIMES else rows[name])[0].as_py() for name in COLUMNS}
+    return found
+
+
+def list_summaries(results: Path, job: str) -> list[dict[str, Any]]:
+    """A job's trials as `summarise_trial` tells of them, in the order of their start."""
+    paths = [path for path in (results / job / "trials").glob("*.parquet") if not path.name.startswith(".")]
+    found = [summarise_trial(path) for path in paths]
+    return sorted(found, key=lambda row: (row["started_at"] or 0, row["trial_id"]))
 
 
 def list_trials(results: Path, job: str) -> Iterator[dict[str, Any]]:

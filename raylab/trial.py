@@ -172,6 +172,8 @@ def _run_rungs(spec: TrialSpec, row: dict[str, Any], used: Used, world: World) -
             write_rows(results, spec.job, "geometry", spec.trial_id, geometry)
             write_rows(results, spec.job, "curves", spec.trial_id, read_curves(measured))
             row["target_values"] = compute_targets(spec.settings, scores, geometry, rung)
+            # Of the first target, which alone can end a trial early.
+            row["rung_values"] = [*row["rung_values"][: rung - 1], *row["target_values"][:1]]
         info = read_info(before.path)
         row.update(
             num_steps=info["step"], num_tokens=info["tokens"], num_documents=info["documents"], flops=info["flops"],
@@ -201,7 +203,8 @@ def _open_row(spec: TrialSpec) -> dict[str, Any]:
     supervised = read_info(Path(spec.results) / FOLDER / spec.corpus)["supervised_by"]
     fresh: dict[str, Any] = {
         "job": spec.job, "trial_id": spec.trial_id, "arm": spec.arm, "phase": spec.phase, "seed": spec.seed,
-        "status": "running", "rung": 0, "num_rungs": num_rungs(spec.settings), "target_values": None, **settings,
+        "status": "running", "rung": 0, "num_rungs": num_rungs(spec.settings), "target_values": None, "rung_values": [],
+        **settings,
         "supervised_by": supervised.get(settings["pretrain.metadata.field"]),
         "attempts": 1, "wall_seconds": 0.0, "gpu_seconds": 0.0, "device": describe_device(), "peak_memory_bytes": 0,
         "data_digest": spec.data_digest, "code_version": describe_code(), "error": None, "started_at": now(),
@@ -213,6 +216,7 @@ def _open_row(spec: TrialSpec) -> dict[str, Any]:
         kept = (
             "rung",
             "target_values",
+            "rung_values",
             "wall_seconds",
             "num_steps",
             "num_tokens",
@@ -221,7 +225,8 @@ def _open_row(spec: TrialSpec) -> dict[str, Any]:
             "effective_spans",
         )
         fresh |= {name: before[name] for name in kept}
-        fresh["target_values"] = json.loads(before["target_values"] or "null")
+        for name in ("target_values", "rung_values"):
+            fresh[name] = json.loads(before[name] or "[]")
     return fresh
 
 

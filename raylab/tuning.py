@@ -2,11 +2,15 @@
 
 import contextlib
 import logging
+import os
 import shutil
 import signal
+import socket
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 import ray
@@ -15,10 +19,16 @@ from ray.tune.search import Searcher
 
 from raylab.mistakes import Interrupted, JobError
 from raylab.specs import Job, TrialSpec
-from raylab.workers import check_fit, count_slots, pack_spec, trial_resources, tune_trial
+from raylab.workers import check_fit, count_slots, gpus_per_worker, pack_spec, trial_resources, tune_trial
 
-# How often the sweep looks at which nodes there are.
-NODE_SECONDS = 5
+# How often the sweep looks at which nodes there are, and at whether the Ray that it runs on is alive.
+NODE_SECONDS, ALIVE_SECONDS = 5, 0.5
+# A cluster's head may be silent for so long: less than the minute after which Ray ends the process by itself.
+SILENT_SECONDS = 40
+
+
+# (name, used, total)
+Usage = list[tuple[str, float, float]]
 
 
 class Runnable(Protocol):
@@ -40,6 +50,7 @@ class ArmSearcher(Searcher):
     def __init__(self, job: Job, sweep: Runnable) -> None:
         super().__init__(metric="rung", mode="max")
         self.job, self.sweep = job, sweep
+        self.gpus = gpus_per_worker(job)
         self.names: dict[str, str] = {}
         self.slots, self.counted = 0, float("-inf")
 
@@ -60,7 +71,7 @@ class ArmSearcher(Searcher):
         """Nodes come and go: counted again now and then."""
         if time.monotonic() - self.counted > NODE_SECONDS:
             self.counted = time.monotonic()
-            self.slots = min(count_slots(self.job), self.job.resources.max_concurrent_trials or 2**31)
+            self.slots = min(count_slots(self.job, self.gpus), self.job.resources.max_concurrent_trials or 2**31)
         return self.slots
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
@@ -101,6 +112,13 @@ class SweepWatch(tune.Callback):
         if self.interrupted:
             raise Interrupted
 
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Tune keeps every trial to the end: of thousands, their specs and results would fill the driver's memory."""
+        trial.config, trial.evaluated_params = {}, {}
+        trial.run_metadata = type(trial.run_metadata)()
+
+    on_trial_error = on_trial_complete
+
     def setup(self, *arguments: Any, **named: Any) -> None:
         """Takes the place of the handler that Tune has set by now; a second Ctrl-C ends whatever is going on."""
 
@@ -119,15 +137,23 @@ class SweepWatch(tune.Callback):
 
 
 @contextlib.contextmanager
-def ray_session(job: Job, address: str | None) -> Iterator[None]:
-    """Ray started here, or the cluster at `address`, until the block ends.
+def ray_session(job: Job, address: str | None, tell_lost: Callable[[str], None]) -> Iterator[Callable[[], Usage]]:
+    """Ray started here, or the cluster at `address`, until the block ends; gives what reads how much of it is in use.
 
-    Raises JobError where none answers, or where no trial of the job would fit.
+    Raises JobError where none answers, or where no trial of the job would fit. Where Ray dies under it, `tell_lost` is
+    told so and the process ends with code 1: a call to a Ray that is gone may block for a minute.
     """
+    reading = threading.Lock()
+
+    def read() -> Usage:
+        with reading:
+            return read_usage()
+
     if ray.is_initialized():
-        yield
+        yield read
         return
     quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         if address is None:
             # "local": a cluster that happens to run on this machine is not ours to use.
@@ -137,11 +163,61 @@ def ray_session(job: Job, address: str | None) -> Iterator[None]:
     except (ConnectionError, ValueError, RuntimeError) as error:
         kind = type(error).__name__
         raise JobError([f"--address {address}: no Ray cluster answers ({kind}); start it or correct it"]) from None
+    # Ray has set a handler of its own.
+    with contextlib.suppress(ValueError):
+        signal.signal(signal.SIGTERM, on_sigterm)
+    ended = threading.Event()
+    threading.Thread(target=_watch_ray, args=(address, ended, tell_lost), daemon=True).start()
     try:
         check_fit(job)
-        yield
+        yield read
     finally:
-        ray.shutdown()
+        ended.set()
+        with reading:
+            ray.shutdown()
+
+
+def _watch_ray(address: str | None, ended: threading.Event, tell_lost: Callable[[str], None]) -> None:
+    """Ends the process once the Ray below it is gone. Apart from the main thread: that one may be in a call to Ray."""
+    node = ray._private.worker._global_node
+    # Ray's own processes, where it was started here, and those that the raylet has started: trials among them.
+    processes = {kind: infos[0].process for kind, infos in node.all_processes.items()} if address is None else {}
+    children: list[int] = []
+    host, _, port = node.gcs_address.rpartition(":")
+    heard = time.monotonic()
+    while not ended.wait(NODE_SECONDS if address else ALIVE_SECONDS):
+        if address is None:
+            dead = [kind for kind in ("raylet", "gcs_server") if processes[kind].poll() is not None]
+            why = f"the Ray node here died ({dead[0]})" if dead else ""
+            children = _list_children(processes["raylet"].pid) or children
+        else:
+            with contextlib.suppress(OSError), socket.create_connection((host.strip("[]"), int(port)), NODE_SECONDS):
+                heard = time.monotonic()
+            silent = time.monotonic() - heard
+            why = f"the head of the cluster at {address} does not answer" if silent > SILENT_SECONDS else ""
+        if why and not ended.is_set():
+            for pid in (*(process.pid for process in processes.values() if process.poll() is None), *children):
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
+            tell_lost(why)
+            os._exit(1)
+
+
+def _list_children(pid: int) -> list[int]:
+    """The processes that a process has started; none where the system does not say."""
+    found: list[int] = []
+    with contextlib.suppress(OSError):
+        for file in Path(f"/proc/{pid}/task").glob("*/children"):
+            found += map(int, file.read_text().split())
+    return found
+
+
+def read_usage() -> Usage:
+    """Name, number in use and total of the cluster's GPUs and CPUs; of GPUs only where there are any."""
+    if not ray.is_initialized():
+        return []
+    total, free = ray.cluster_resources(), ray.available_resources()
+    return [(name, total[name] - free.get(name, 0.0), total[name]) for name in ("GPU", "CPU") if total.get(name)]
 
 
 def run_tune(job: Job, sweep: Runnable) -> None:
@@ -150,7 +226,8 @@ def run_tune(job: Job, sweep: Runnable) -> None:
     Every trial is tried once: the sweep asks for those that should be tried again.
     """
     scratch, before = tempfile.mkdtemp(prefix="raylab-tune-"), signal.getsignal(signal.SIGINT)
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    # What became of a trial is in the tables and the display; Tune would show a traceback, with the error's message.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     try:
         tune.Tuner(
             tune.with_resources(tune_trial, trial_resources(job)),

@@ -13,7 +13,15 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from raylab.judge import decide
-from raylab.mistakes import JobError, RemoteError, find_storage_problem, list_causes
+from raylab.mistakes import (
+    BusyError,
+    JobError,
+    RemoteError,
+    SupersededError,
+    describe_error,
+    find_storage_problem,
+    list_causes,
+)  # fmt: skip
 from raylab.settings import dump_spec
 from raylab.specs import Job, TrialSpec
 from raylab.stages import FOLDER, open_stage
@@ -32,22 +40,25 @@ def gpus_per_worker(job: Job) -> float:
     return wanted if wanted is not None else float(ray.cluster_resources().get("GPU", 0) >= 1)
 
 
-def count_slots(job: Job) -> int:
-    """How many trials fit on the cluster as it is now."""
-    cluster, workers, gpus = ray.cluster_resources(), job.resources.workers, gpus_per_worker(job)
-    slots = int(cluster.get("CPU", 0) / (job.resources.cpus_per_worker * workers))
-    return min(slots, int(cluster.get("GPU", 0) / (gpus * workers))) if gpus else slots
+def count_slots(job: Job, gpus: float) -> int:
+    """How many trials fit on the nodes as they are now, with `gpus` for each worker."""
+    needs = {"CPU": job.resources.cpus_per_worker, "GPU": gpus}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    # A worker needs all of it on one node; the workers of a trial may be on several.
+    workers = sum(min(int(node.get(name, 0) / need) for name, need in needs.items() if need) for node in nodes)
+    return workers // job.resources.workers
 
 
 def check_fit(job: Job) -> None:
     """Raises JobError where no trial fits on the cluster."""
-    if count_slots(job) < 1:
+    gpus = gpus_per_worker(job)
+    if count_slots(job, gpus) < 1:
         cluster = ray.cluster_resources()
         has = f"{cluster.get('CPU', 0):g} CPUs and {cluster.get('GPU', 0):g} GPUs"
         raise JobError(
             [
                 f"resources: {job.resources.workers} worker(s) of {job.resources.cpus_per_worker} CPUs and "
-                f"{gpus_per_worker(job):g} GPUs don't fit on this cluster of {has}; ask for less"
+                f"{gpus:g} GPUs, each on one node, don't fit on this cluster of {has}; ask for less"
             ]
         )
 
@@ -80,12 +91,12 @@ def unpack_spec(text: str) -> TrialSpec:
     if not is_mirror(results):
         return spec
     pull_trial(results, spec.job, spec.trial_id)
-    needed, path = [spec.corpus, spec.tokenizer, *spec.tokens.values()], spec.encoder_path
+    path, needed = spec.encoder_path, dict.fromkeys([spec.corpus, spec.tokenizer, *spec.tokens.values()])
     if path is not None and path.startswith(f"{spec.results}/"):
         path = str(results / path.removeprefix(f"{spec.results}/"))
-        needed.append(Path(path).relative_to(results).parts[1])
-    for stage_id in needed:
-        if open_stage(results, stage_id) is None:
+        needed[Path(path).parent.name] = Path(path).name
+    for stage_id, file in needed.items():
+        if open_stage(results, stage_id, file) is None:
             raise RemoteError(errno.EIO, f"{spec.results}: {FOLDER}/{stage_id} is gone or damaged")
     return spec.model_copy(update={"results": str(results), "encoder_path": path})
 
@@ -117,7 +128,8 @@ def tune_trial(config: dict[str, Any]) -> None:
         elif problem is not None:
             end = problem
         else:
-            raise
+            # Its row says more. Ray writes errors into logs, and the message could quote a text.
+            raise RuntimeError(describe_error(error)) from None
     tune.report({"rung": 1, "end": end})
 
 
@@ -152,4 +164,10 @@ def train_worker(config: dict[str, Any]) -> None:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    run_trial(spec, decide=decide, world=World(context.get_world_rank(), context.get_world_size(), broadcast))
+    try:
+        run_trial(spec, decide=decide, world=World(context.get_world_rank(), context.get_world_size(), broadcast))
+    except Exception as error:
+        if isinstance(error, BusyError | SupersededError) or find_storage_problem(error):
+            raise
+        # As in `tune_trial`.
+        raise RuntimeError(describe_error(error)) from None

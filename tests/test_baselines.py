@@ -153,3 +153,19 @@ def test_sealed_rows_go_to_a_file_of_their_own(scored, tmp_path):
         test = read_rows(tmp_path, job.name, "scores", f"baseline:{name}-3", ".test")
         assert {row["split"] for row in test} == {"test"}
         assert {row["num_eval"] for row in test if row["task"] == "severity"} == {split.sealed["severity"].num_rows}
+
+
+def test_what_is_written_is_left_alone_and_other_draws_are_written(scored, make_job, tmp_path):
+    job, split, _ = scored
+    files = sorted(tmp_path.glob(f"{job.name}/*/baseline*.parquet"))
+    before = [path.stat().st_ino for path in files]
+    assert len(files) == 2 * len(BASELINES)
+    score_baselines(tmp_path, job, split, 3)
+    assert [path.stat().st_ino for path in files] == before
+    score_baselines(tmp_path, make_job("mlm", SHOTS | {"evaluate.draws": 3}), split, 3)
+    assert {row["draw"] for row in read_rows(tmp_path, job.name, "scores", "baseline:tfidf-3")} == {0, 1, 2}
+    # A driver that was killed between the two files: the second is written.
+    (trials,) = tmp_path.glob(f"{job.name}/trials/baseline_tfidf*.parquet")
+    trials.unlink()
+    score_baselines(tmp_path, make_job("mlm", SHOTS | {"evaluate.draws": 3}), split, 3)
+    assert trials.is_file()

@@ -183,7 +183,8 @@ def test_an_error_in_the_rows_quotes_no_cell(tmp_path: Path) -> None:
 
 
 UNSTARTED = {
-    "job": "unstarted", "complete": 0, "running": 0, "stopped": 0, "failed": 0, "infeasible": 0, "arms": 0,
+    "job": "unstarted", "driver": False, "disk_bytes": None,
+    "complete": 0, "running": 0, "stopped": 0, "failed": 0, "infeasible": 0, "arms": 0,
     "trial_seconds": 0.0, "last_error": None, "updated_at": None,
 }  # fmt: skip
 
@@ -200,7 +201,8 @@ def test_states_are_counted_by_job(tmp_path: Path) -> None:
     keep_job(tmp_path, "unstarted")
     rows = {row["job"]: row for row in summarise_jobs(tmp_path)}
     assert rows["study"] == {
-        "job": "study", "complete": 2, "running": 1, "stopped": 1, "failed": 2, "infeasible": 1, "arms": 3,
+        "job": "study", "driver": False, "disk_bytes": None,
+        "complete": 2, "running": 1, "stopped": 1, "failed": 2, "infeasible": 1, "arms": 3,
         "trial_seconds": 10.5, "last_error": "error 4", "updated_at": START + timedelta(minutes=10),
     }  # fmt: skip
     assert rows["it's"]["complete"] == 1

@@ -13,9 +13,9 @@ from raylab.identity import name_arm
 from raylab.judge import decide, keep_going
 from raylab.mistakes import JobError
 from raylab.search import MOST_HELD, MOST_REPEATS, Search, is_current, list_refused, name_refused, read_values
-from raylab.settings import list_settings, with_settings
+from raylab.settings import list_measures, list_settings, with_settings
 from raylab.specs import ADAPTIVE, TrialSpec
-from raylab.tables import list_trials, read_trial, write_rows
+from raylab.tables import list_summaries, list_trials, read_trial, write_rows
 
 START = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
 SECONDS = itertools.count()
@@ -68,7 +68,7 @@ class Driver:
         known = read_trial(self.results, self.job.name, trial_id)
         started = START + datetime.timedelta(seconds=next(SECONDS))
         row = {
-            **list_settings(with_settings(self.job, request.values)),
+            **list_measures(with_settings(self.job, request.values)),
             "arm": request.arm,
             "phase": request.phase,
             "seed": request.seed,
@@ -618,13 +618,14 @@ def test_a_search_without_any_value_says_so(make_driver):
     assert "no arm ran to the end with a value of every target" in driver.search.notes[0]
 
 
-def test_a_job_with_a_target_more_passes_over_what_was_stopped(make_driver):
+def test_what_was_measured_for_other_targets_runs_again(make_driver):
+    """From its stages, mostly: what was stopped for one target may be good for another."""
     driver = make_driver({"search.num_arms": 2})
     driver.finish(driver.next(), "stopped", value=0.5, rung=1)
     driver.finish(driver.next())
     driver = make_driver({"search.num_arms": 3, "search.targets": TWO}, measure=compute_two)
-    assert len(driver.run()) == 1
-    assert len(driver.search.scores) == 1
+    assert len(driver.run()) == 3
+    assert len(driver.search.scores) == 3
 
 
 # Designs around the base arm
@@ -828,19 +829,13 @@ def make_stopping(make_job, changes=None, space=None):
     return make_job("declutr", {"pretrain.rungs": 4, "search": search, **(changes or {})})
 
 
-def write_scores(folder, job, name, values, *, phase="search", depth="all", probe="logistic"):
-    """A trial whose target was `values` at rungs 1, 2 and so on, as the mean of two draws."""
+def write_scores(folder, job, name, values, *, phase="search"):
+    """A trial whose target was `values` at rungs 1, 2 and so on."""
     row = {
-        **list_settings(job), "evaluate.frozen_layers": [depth], "arm": name, "seed": 0, "phase": phase,
+        **list_measures(job), "arm": name, "seed": 0, "phase": phase,
         "status": "running", "rung": len(values), "num_rungs": 4, "started_at": START,
     }  # fmt: skip
-    write_rows(folder, job.name, "trials", f"{name}-0", [row])
-    scores = [
-        {"rung": rung + 1, "task": "severity", "split": "validation", "shots": 2, "frozen_layers": depth,
-         "probe": probe, "draw": draw, "metric": "f1_macro", "value": value + (0.1 if draw else -0.1)}
-        for rung, value in enumerate(values) for draw in (0, 1)
-    ]  # fmt: skip
-    write_rows(folder, job.name, "scores", f"{name}-0", scores)
+    write_rows(folder, job.name, "trials", f"{name}-0", [row | {"rung_values": list(values)}])
 
 
 def judge(folder, job, name, rung, phase="search"):
@@ -896,15 +891,4 @@ def test_only_a_search_stops_trials(make_job, tmp_path, phase):
     write_scores(tmp_path, job, "bad", [0.1])
     assert judge(tmp_path, job, "bad", 1)
     off = make_stopping(make_job, {"search.early_stopping": "none"})
-    assert keep_going(off, tmp_path, "bad-0", lambda trial_id, rung: None, 1)
-
-
-def test_arms_of_searched_depths_are_judged_each_at_its_own(make_job, tmp_path):
-    space = {"evaluate.frozen_layers": ["all", "none"], "pretrain.learning_rate": {"low": 1e-5, "high": 1e-2}}
-    job = make_stopping(make_job, space=space)
-    for index, value in enumerate((0.4, 0.5, 0.6, 0.7)):
-        write_scores(tmp_path, job, f"other{index}", [value], depth="none", probe="head")
-    write_scores(tmp_path, job, "bad", [0.3])
-    write_scores(tmp_path, job, "good", [0.8])
-    assert not judge(tmp_path, job, "bad", 1)
-    assert judge(tmp_path, job, "good", 1)
+    assert keep_going(off, list_summaries(tmp_path, job.name), "bad-0", 1)

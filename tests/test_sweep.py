@@ -13,10 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from rich.console import Console
 
 from raylab.jobs import dump_yaml
+from raylab.progress import SweepProgress
 from raylab.results import open_tables
-from raylab.tables import read_trial
+from raylab.sweep import run_job
+from raylab.tables import list_trials, read_trial
 
 pytestmark = pytest.mark.ray
 
@@ -184,6 +187,13 @@ def _command(pid: int) -> bytes:
         return b""
 
 
+def _wait_until(condition, seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
 def _wait(condition, process: subprocess.Popen, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -192,22 +202,128 @@ def _wait(condition, process: subprocess.Popen, seconds: float = 120) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.slow
-def test_ctrl_c_says_how_to_resume(grid_job, tmp_path):
-    job, results = write_job(grid_job, tmp_path / "job.yaml"), tmp_path / "results"
+@pytest.fixture(scope="module")
+def long_job(make_job):
+    """Four trials of some seconds, in four rungs."""
+    space = {"pretrain.learning_rate": {"choices": [1e-3, 2e-3]}}
+    changes = {"name": "long", "pretrain.num_tokens": 32_000, "pretrain.rungs": 4}
+    return make_job("mlm", {**changes, "search": {"space": space, "seeds": [0, 1]}})
+
+
+@pytest.fixture(scope="module")
+def long_values(long_job, read_values, tmp_path_factory):
+    """The values of an unbroken run of it."""
+    results = tmp_path_factory.mktemp("long")
+    assert finish(long_job, results).states == {"complete": 4}
+    return read_values(results)
+
+
+def finish(job, results):
+    return run_job(job, results, SweepProgress(Console(quiet=True)), here=True)
+
+
+def trained(results, name) -> list[dict]:
+    """A job's trials in the order of their start, without baselines."""
+    return [row for row in list_trials(results, name) if not row["arm"].startswith("baseline:")]
+
+
+def start_long(job, results, folder) -> subprocess.Popen:
+    """A run of the long job, of which some trial has written its first rung."""
     process = subprocess.Popen(
-        raylab_command("run", str(job), "--results", str(results)),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    _wait(lambda: list(results.glob("grid/trials/[!b]*.parquet")), process)
-    process.send_signal(signal.SIGINT)
+        raylab_command("run", str(write_job(job, folder / "job.yaml")), "--results", str(results)),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    _wait(lambda: any(row["rung"] for row in trained(results, "long")), process)
+    return process
+
+
+def kill_part(process: subprocess.Popen, part: bytes) -> None:
+    """SIGKILL of a process of the Ray that a run has started."""
+    (pid,) = [pid for pid in child_processes(process.pid) if part in _command(pid).split(b"\0")[0]]
+    os.kill(pid, signal.SIGKILL)
+
+
+ENDINGS = {
+    "ctrl-c": (lambda run, results: run.send_signal(signal.SIGINT), "interrupted"),
+    "sigterm": (lambda run, results: run.send_signal(signal.SIGTERM), "ended early: it was asked to stop"),
+    "stop --now": (lambda run, results: run_raylab("stop", "long", "--now", "--results", str(results)), "interrupted"),
+    "raylet": (lambda run, results: kill_part(run, b"/raylet"), "the Ray node here died (raylet)"),
+    "gcs": (lambda run, results: kill_part(run, b"/gcs_server"), "the Ray node here died (gcs_server)"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_run_that_is_ended_says_how_to_go_on_and_leaves_nothing_behind(
+    ending, long_job, long_values, read_values, tmp_path
+):
+    act, said = ENDINGS[ending]
+    results = tmp_path / "results"
+    process = start_long(long_job, results, tmp_path)
+    children = child_processes(process.pid)
+    act(process, results)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert f"raylab resume grid --results {results}" in stderr
+    lines = [line for line in stderr.splitlines() if line]
+    assert lines[-1].startswith(said)
+    assert lines[-1].lower().endswith(f"go on with: raylab resume long --results {results}")
+    # No traceback, and nothing of Ray's.
+    assert not [line for line in lines if "Traceback" in line or "ray." in line or "[2" in line]
+    _wait_until(lambda: not [pid for pid in children if _command(pid)])
+    assert any(0 < row["rung"] < 4 for row in trained(results, "long") if row["status"] == "running")
+    assert finish(long_job, results).why is None
+    assert read_values(results) == long_values
+
+
+@pytest.mark.slow
+def test_a_driver_that_is_killed_alone_is_followed_at_once_by_another(long_job, long_values, read_values, tmp_path):
+    """What the first one started may live on for a moment; it writes nothing into what the second one writes."""
+    results = tmp_path / "results"
+    process = start_long(long_job, results, tmp_path)
+    trials = [pid for pid in child_processes(process.pid) if b"ray::ImplicitFunc" in _command(pid)]
+    assert trials
+    kill(process.pid)
+    run_raylab("resume", "long", "--results", str(results))
+    process.communicate()
+    assert not [pid for pid in trials if _command(pid)]
+    assert read_values(results) == long_values
+
+
+@pytest.mark.slow
+def test_a_trial_whose_process_is_killed_is_tried_again_and_at_the_third_time_failed(make_job, read_values, tmp_path):
+    space = {"pretrain.learning_rate": {"choices": [1e-3, 2e-3]}}
+    changes = {"name": "killed", "pretrain.num_tokens": 48_000, "pretrain.rungs": 1}
+    job = make_job("mlm", {**changes, "search": {"space": space}, "resources": {"max_concurrent_trials": 1}})
+    results = tmp_path / "results"
+    process = subprocess.Popen(
+        raylab_command("run", str(write_job(job, tmp_path / "job.yaml")), "--results", str(results)),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    # The first trial dies three times, the second one once.
+    for count, attempts in ((1, 1), (1, 2), (1, 3), (2, 1)):
+
+        def runs(count=count, attempts=attempts):
+            rows = trained(results, "killed")
+            return len(rows) == count and (rows[-1]["status"], rows[-1]["attempts"]) == ("running", attempts)
+
+        _wait(runs, process)
+        kill_trials(process)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 1
     assert "Traceback" not in stderr
-    assert not child_processes(process.pid)
+    first, second = trained(results, "killed")
+    assert (first["status"], first["attempts"]) == ("failed", 3)
+    assert "its process died 3 times without a new rung" in first["error"]
+    assert (second["status"], second["attempts"]) == ("complete", 2)
+    assert finish(job, results).states == {"complete": 1}
+    assert finish(job, tmp_path / "unbroken").states == {"complete": 2}
+    assert read_values(results) == read_values(tmp_path / "unbroken")
+
+
+def kill_trials(process: subprocess.Popen) -> None:
+    for pid in child_processes(process.pid):
+        if b"ray::ImplicitFunc" in _command(pid):
+            kill(pid)
 
 
 @pytest.mark.slow

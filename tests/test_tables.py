@@ -39,7 +39,9 @@ TIME = pa.timestamp("us", tz="UTC")
 EXPECTED = {
     "trials": {
         "job": "string", "trial_id": "string", "arm": "string", "phase": "string", "seed": "int64", "status": "string",
-        "rung": "int64", "num_rungs": "int64", "target_values": "string", "supervised_by": "string",
+        "rung": "int64", "num_rungs": "int64", "target_values": "string", "rung_values": "string", 
+        "search.targets": "string",
+        "supervised_by": "string",
         "effective_spans": "string",
         "attempts": "int64", "wall_seconds": "double", "gpu_seconds": "double", "device": "string",
         "peak_memory_bytes": "int64", "num_steps": "int64", "num_tokens": "int64", "num_documents": "int64",
@@ -104,7 +106,7 @@ def test_settings_keep_the_type_of_their_field(setting: str, kind: str) -> None:
 def test_every_setting_is_a_column_and_comes_back(tmp_path: Path) -> None:
     settings = list_settings(JOB)
     assert set(settings) == set(SETTINGS) == set(SETTING_COLUMNS)
-    assert SCHEMAS["trials"].names.index("target_values") + 1 == SCHEMAS["trials"].names.index(next(iter(SETTINGS)))
+    assert SCHEMAS["trials"].names.index("search.targets") + 1 == SCHEMAS["trials"].names.index(next(iter(SETTINGS)))
     write_trial(tmp_path, **settings)
     row = read_trial(tmp_path, "study", "a-0")
     assert row is not None
@@ -176,11 +178,13 @@ def test_trials_are_listed_by_their_start(tmp_path: Path) -> None:
 def test_a_writer_that_dies_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_trial(tmp_path, rung=1)
 
-    def die(table: pa.Table, path: Path, **options: bool) -> None:
-        path.write_bytes(b"PAR1 half")
+    write = Path.write_bytes
+
+    def die(path: Path, data: Any) -> None:
+        write(path, bytes(data)[: len(data) // 2])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pq, "write_table", die)
+    monkeypatch.setattr(Path, "write_bytes", die)
     with pytest.raises(KeyboardInterrupt):
         write_trial(tmp_path, rung=2)
     monkeypatch.undo()
