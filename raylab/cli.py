@@ -1,7 +1,6 @@
 """The commands. Each imports what it needs when it runs, so that `status` and `query` stay quick."""
 
 import contextlib
-import getpass
 import json
 import os
 import shlex
@@ -13,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from raylab.mistakes import JobError
-from raylab.output import Format, messages, output, print_ranking, print_rows
+from raylab.output import Format, messages, name_user, output, print_ranking, print_rows, tell_submitted
 
 app = typer.Typer(
     add_completion=False,
@@ -101,7 +100,7 @@ def resume(
         changes = [part for item in overrides or [] for part in ("--set", item)]
         changes += ["--data", check_folder("--data", str(data))] if data is not None else []
         with connect(address) as cluster:
-            _tell_submitted(name, address, resume_job(cluster, name, _there(results), changes))
+            tell_submitted(name, address, resume_job(cluster, name, _there(results), changes))
         return
     from raylab.results import find_job
 
@@ -117,14 +116,6 @@ def _there(results: str) -> str | None:
     from raylab.submission import check_folder
 
     return None if results == RESULTS else check_folder("--results", results)
-
-
-def _tell_submitted(name: str, address: str, submission_id: str) -> None:
-    print(submission_id, flush=True)
-    messages.print(
-        f"submitted; follow it with: {shlex.join(['raylab', 'logs', name, '--address', address, '--follow'])}",
-        highlight=False,
-    )
 
 
 @app.command()
@@ -145,7 +136,7 @@ def submit(
     loaded = _load(job, data, overrides)
     with connect(address) as cluster:
         submission_id = submit_job(cluster, loaded, folder)
-        _tell_submitted(loaded.name, address, submission_id)
+        tell_submitted(loaded.name, address, submission_id)
         try:
             state = wait_for(cluster, submission_id) if wait else None
         except KeyboardInterrupt:
@@ -318,15 +309,8 @@ def unseal(
 
     folder = _open(results).resolve()
     job = load_job(find_job(folder, name))
-    unseal_job(job, folder, arms or [], by=_user(), reason=reason, tell=messages.print)
+    unseal_job(job, folder, arms or [], by=name_user(), reason=reason, tell=messages.print)
     print_ranking(job, folder, split="test")
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return str(os.getuid())
 
 
 @app.command()

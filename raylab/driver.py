@@ -7,7 +7,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,7 +41,9 @@ def _read(results: Path, name: str, file: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def claim_job(results: Path, name: str, lease: float | None = None) -> Iterator[str]:
+def claim_job(
+    results: Path, name: str, lease: float | None = None, tell: Callable[[str], None] = lambda line: None
+) -> Iterator[str]:
     """Makes this process the job's only driver until the block ends, and gives its token.
 
     In a folder a file lock goes with the process, however it ends; at a URL a driver is dead once its count has stood
@@ -54,7 +56,7 @@ def claim_job(results: Path, name: str, lease: float | None = None) -> Iterator[
             (results / name).mkdir(parents=True, exist_ok=True)
             held.enter_context(FileLock(results / name / ".driver.lock").acquire(timeout=0))
             if is_mirror(results):
-                _watch_driver(results, name, lease)
+                _watch_driver(results, name, lease, tell)
             remove(results, results / name / ".stop")
             _write(results, name, ".driver", _describe(token, 0))
             if is_mirror(results):
@@ -82,9 +84,11 @@ def _describe(token: str, count: int) -> dict[str, Any]:
     return {"token": token, "pid": os.getpid(), "host": socket.gethostname(), "count": count}
 
 
-def _watch_driver(results: Path, name: str, lease: float) -> None:
+def _watch_driver(results: Path, name: str, lease: float, tell: Callable[[str], None]) -> None:
     """Waits until a driver that wrote its name is seen to be dead; clocks are not compared. Raises Timeout."""
     seen, since = _read(results, name, ".driver"), time.monotonic()
+    if seen.get("token"):
+        tell(f"process {seen['pid']} on {seen['host']} was running {name}: {lease:g} s to see whether it still does")
     while seen.get("token") and time.monotonic() - since < lease:
         time.sleep(lease / 30)
         found = _read(results, name, ".driver")

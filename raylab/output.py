@@ -1,6 +1,9 @@
 """What commands print: rows in the asked format, arms ranked; answers on stdout, messages on stderr."""
 
+import getpass
 import json
+import os
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -74,6 +77,23 @@ def _interval(value: Any, signed: bool = False) -> str:
     sign = "+" if signed else ""
     text = f"{value.mean:{sign}.3f}"
     return text if value.num_seeds < 2 else f"{text} [{value.low:{sign}.3f}, {value.high:{sign}.3f}]"
+
+
+def tell_submitted(name: str, address: str, submission_id: str) -> None:
+    """Ray's id of a job on stdout, and how to follow it."""
+    print(submission_id, flush=True)
+    messages.print(
+        f"submitted; follow it with: {shlex.join(['raylab', 'logs', name, '--address', address, '--follow'])}",
+        highlight=False,
+    )
+
+
+def name_user() -> str:
+    """Who runs this process, for the record."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
 
 
 def print_log(find: Callable[[], Path], every: float | None) -> None:

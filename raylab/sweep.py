@@ -84,7 +84,8 @@ def _run_job(
     name_point(preparation, {})  # the base arm must be able to run
     seeds = [*job.search.seeds, *(job.search.confirm.seeds if job.search.confirm else ())]
     splits = {seed: preparation.split(seed) for seed in seeds}
-    with _session(job, address, here, progress, tell_lost), claim_job(results, job.name) as token:
+    claim = claim_job(results, job.name, tell=progress.note)
+    with _session(job, address, here, progress, tell_lost), claim as token:
         pull(results, job.name)
         progress.log_to(open_log(results, job.name, own=True))
         _check_base(preparation)

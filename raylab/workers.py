@@ -91,12 +91,12 @@ def unpack_spec(text: str) -> TrialSpec:
     if not is_mirror(results):
         return spec
     pull_trial(results, spec.job, spec.trial_id)
-    needed, path = [spec.corpus, spec.tokenizer, *spec.tokens.values()], spec.encoder_path
+    path, needed = spec.encoder_path, dict.fromkeys([spec.corpus, spec.tokenizer, *spec.tokens.values()])
     if path is not None and path.startswith(f"{spec.results}/"):
         path = str(results / path.removeprefix(f"{spec.results}/"))
-        needed.append(Path(path).relative_to(results).parts[1])
-    for stage_id in needed:
-        if open_stage(results, stage_id) is None:
+        needed[Path(path).parent.name] = Path(path).name
+    for stage_id, file in needed.items():
+        if open_stage(results, stage_id, file) is None:
             raise RemoteError(errno.EIO, f"{spec.results}: {FOLDER}/{stage_id} is gone or damaged")
     return spec.model_copy(update={"results": str(results), "encoder_path": path})
 

@@ -354,6 +354,7 @@ def start_holding(url, cache, lease):
     return first
 
 
+@pytest.mark.slow
 def test_a_second_driver_is_refused_until_the_first_is_dead(mirror, url, tmp_path):
     first, b = start_holding(url, tmp_path / "a", 2.0), mirror("b")
     try:
@@ -364,8 +365,11 @@ def test_a_second_driver_is_refused_until_the_first_is_dead(mirror, url, tmp_pat
     finally:
         os.kill(first.pid, signal.SIGKILL)
         first.join()
-    since = time.monotonic()
-    with claim_job(b, "j", 2.0) as token:
+    since, told = time.monotonic(), []
+    with claim_job(b, "j", 2.0, told.append) as token:
+        assert told == [
+            f"process {first.pid} on {socket.gethostname()} was running j: 2 s to see whether it still does"
+        ]
         assert time.monotonic() - since > 2.0  # it watched for as long
         assert read_token(mirror("c"), "j") == token
         assert read_stop(mirror("c"), "j") is None
