@@ -1,0 +1,260 @@
+"""Sweeps on a Ray cluster of several nodes (of this machine): nodes come and go, and trials leave nothing behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+from rich.console import Console
+
+from raylab.driver import claim_job, request_stop
+from raylab.jobs import dump_yaml
+from raylab.preparation import make_spec, prepare
+from raylab.pretrain import list_rungs
+from raylab.progress import SweepProgress
+from raylab.stages import FOLDER
+from raylab.sweep import ENVIRONMENT, run_job
+from raylab.tables import list_trials
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A head that runs no trials, to which the tests add nodes of one CPU; this process is connected to it."""
+    os.environ.update(ENVIRONMENT)
+    import ray
+    from ray.cluster_utils import Cluster
+
+    quiet = {"include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **quiet})
+    ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+@pytest.fixture
+def nodes(cluster):
+    """Two nodes of one CPU each; whatever nodes a test leaves are removed."""
+    added = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    cluster.wait_for_nodes()
+    yield added
+    for node in list(cluster.worker_nodes):
+        cluster.remove_node(node)
+    wait_until(lambda: read_cpus("cluster_resources") == 0)
+
+
+def read_cpus(which: str) -> float:
+    import ray
+
+    return getattr(ray, which)().get("CPU", 0)
+
+
+def wait_until(condition, process: subprocess.Popen | None = None, seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process is None or process.poll() is None, process.stderr.read()
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def trained(results, name) -> list[dict]:
+    return [row for row in list_trials(results, name) if not row["arm"].startswith("baseline:")]
+
+
+def list_running(results) -> list[dict]:
+    return [row for row in trained(results, "nodes") if row["status"] == "running"]
+
+
+@pytest.fixture(scope="module")
+def job(make_job):
+    """Nine trials of a few seconds, in four rungs."""
+    space = {"pretrain.learning_rate": {"choices": [1e-3, 2e-3, 3e-3]}}
+    changes = {"name": "nodes", "pretrain.num_tokens": 64_000, "pretrain.rungs": 4}
+    return make_job("mlm", {**changes, "search": {"space": space, "seeds": [0, 1, 2]}})
+
+
+@pytest.fixture(scope="module")
+def unbroken(job, read_values, tmp_path_factory):
+    """The values of a run that no node left."""
+    results = tmp_path_factory.mktemp("unbroken")
+    run_job(job, results, SweepProgress(Console(quiet=True)), here=True)
+    return read_values(results)
+
+
+@pytest.fixture
+def start(cluster, job, tmp_path):
+    """`start()`: a driver of the job on the cluster, in a process of its own, with some trials under way."""
+    started = []
+
+    def start(results):
+        file = tmp_path / "job.yaml"
+        file.write_text(dump_yaml(job))
+        command = [sys.executable, "-m", "raylab.cli", "run", str(file), "--results", str(results)]
+        process = subprocess.Popen(
+            [*command, "--address", cluster.address], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        started.append(process)
+        wait_until(lambda: any(row["rung"] for row in list_running(results)), process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_a_node_that_comes_is_used_and_one_that_leaves_costs_a_rung(
+    cluster, nodes, start, unbroken, read_values, tmp_path
+):
+    process = start(tmp_path)
+    cluster.add_node(num_cpus=1)
+    # Three nodes now: as many trials at a time.
+    wait_until(lambda: [row["rung"] > 0 for row in list_running(tmp_path)].count(True) == 3, process)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / FOLDER).glob("pretrain-*/progress.json")}
+    under_way = {row["trial_id"] for row in list_running(tmp_path)}
+    cluster.remove_node(nodes[0], allow_graceful=False)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert "Traceback" not in stderr
+    again = {row["trial_id"] for row in trained(tmp_path, "nodes") if row["attempts"] == 2}
+    assert len(again) == 1
+    assert again < under_way
+    # Rungs that were done by then were not trained again.
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert read_values(tmp_path) == unbroken
+
+
+def test_a_sweep_without_nodes_waits_for_one(cluster, nodes, start, unbroken, read_values, tmp_path):
+    process = start(tmp_path)
+    for node in nodes:
+        cluster.remove_node(node, allow_graceful=False)
+    wait_until(lambda: read_cpus("cluster_resources") == 0)
+    before = sorted(path.stat().st_mtime_ns for path in tmp_path.glob("nodes/*/*.parquet"))
+    time.sleep(10)
+    assert process.poll() is None
+    assert sorted(path.stat().st_mtime_ns for path in tmp_path.glob("nodes/*/*.parquet")) == before
+    cluster.add_node(num_cpus=1)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert "Traceback" not in stderr
+    assert {row["attempts"] for row in trained(tmp_path, "nodes")} <= {1, 2}
+    assert read_values(tmp_path) == unbroken
+
+
+def is_idle() -> bool:
+    """Whether every CPU of the cluster is free and no placement group is left."""
+    from ray.util import placement_group_table
+
+    left = [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
+    return not left and read_cpus("available_resources") == read_cpus("cluster_resources") > 0
+
+
+SEARCH = {
+    "space": {"pretrain.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}},
+    "design": "random", "early_stopping": "successive_halving", "targets": [{"task": "severity"}],
+}  # fmt: skip
+
+
+def sweep(job, results):
+    return run_job(job, results, SweepProgress(Console(quiet=True)))
+
+
+def test_trials_that_stop_early_or_are_asked_to_leave_nothing_behind(nodes, make_job, tmp_path):
+    changes = {"name": "early", "pretrain.num_tokens": 24_000, "pretrain.rungs": 4}
+    job = make_job("mlm", {**changes, "search": {**SEARCH, "num_arms": 6}})
+
+    def ask():
+        wait_until(lambda: any(row["rung"] for row in trained(tmp_path, "early")))
+        request_stop(tmp_path, "early", now=False)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    assert sweep(job, tmp_path).why == "it was asked to stop"
+    asking.join()
+    assert "running" in {row["status"] for row in trained(tmp_path, "early")}
+    wait_until(is_idle)
+    assert "stopped" in sweep(job, tmp_path).states
+    wait_until(is_idle)
+
+
+def test_trials_of_two_workers_leave_nothing_behind_however_they_end(nodes, make_job, tmp_path):
+    """One of them stops early, one's loss is infinite, and a worker of one is killed, after which it goes on."""
+    space = {"pretrain.learning_rate": {"choices": [1e-3, 1e-4, 1e30]}}
+    changes = {"name": "pair", "pretrain.rungs": 4, "pretrain.max_grad_norm": 1e30, "resources": {"workers": 2}}
+    job = make_job("mlm", {**changes, "search": {**SEARCH, "space": space, "num_arms": 3}})
+    killed = []
+
+    def kill():
+        wait_until(lambda: any(row["rung"] for row in trained(tmp_path, "pair")))
+        for folder in Path("/proc").glob("[0-9]*"):
+            if not killed and is_worker(folder):
+                killed.append(int(folder.name))
+                os.kill(killed[0], signal.SIGKILL)
+
+    killing = threading.Thread(target=kill)
+    killing.start()
+    states = sweep(job, tmp_path).states
+    killing.join()
+    assert states == {"complete": 1, "stopped": 1, "failed": 1}
+    assert killed
+    assert sorted(row["attempts"] for row in trained(tmp_path, "pair")) == [1, 1, 2]
+    wait_until(is_idle)
+    # Ray Train wants a folder of the results while a trial runs.
+    assert not list(tmp_path.glob(".train-*"))
+
+
+def is_worker(folder: Path) -> bool:
+    """Whether a process is a Ray Train worker of this test's cluster."""
+    try:
+        parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+        grandparent = int(Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[1])
+        return b"RayTrainWorker" in (folder / "cmdline").read_bytes() and grandparent == os.getpid()
+    except (OSError, ValueError):
+        return False
+
+
+class OneTrial:
+    """A sweep of one trial, which notes how it ended."""
+
+    def __init__(self, spec):
+        self.specs, self.ends = [spec], []
+
+    def next_trial(self):
+        if not self.specs:
+            raise StopIteration
+        return self.specs.pop()
+
+    def finish_trial(self, trial_id, end):
+        self.ends.append(end)
+
+    def look(self):
+        """Nothing asks it to stop."""
+
+
+def test_what_stops_a_worker_of_two_is_told_as_of_one(nodes, make_job, tmp_path):
+    from raylab.tuning import run_tune
+
+    job = make_job("mlm", {"name": "told", "resources": {"workers": 2}})
+    spec = make_spec(prepare(job, tmp_path), {}, 0, "fixed")
+    with FileLock(tmp_path / FOLDER / f".{list_rungs(spec)[1].stage_id}.lock"):
+        busy = OneTrial(spec)
+        run_tune(job, busy)
+    assert busy.ends == ["waiting"]
+    with claim_job(tmp_path, "told"):
+        late = OneTrial(spec.model_copy(update={"driver": "an earlier one"}))
+        run_tune(job, late)
+    assert late.ends == ["superseded"]
+    (tmp_path / "told" / "trials").rename(tmp_path / "kept")
+    # Where not even root may write.
+    (tmp_path / "told" / "trials").symlink_to("/sys/kernel")
+    full = OneTrial(spec)
+    run_tune(job, full)
+    assert full.ends == [os.strerror(13)]
+    wait_until(is_idle)
