@@ -15,11 +15,12 @@ from typing import Any, Protocol
 
 import ray
 from ray import tune
+from ray.tune.execution.tune_controller import TuneController
 from ray.tune.search import Searcher
 
 from raylab.mistakes import Interrupted, JobError
 from raylab.specs import Job, TrialSpec
-from raylab.workers import check_fit, count_slots, gpus_per_worker, pack_spec, trial_resources, tune_trial
+from raylab.workers import check_fit, count_slots, gpus_per_worker, pack_spec, trial_resources
 
 # How often the sweep looks at which nodes there are, and at whether the Ray that it runs on is alive.
 NODE_SECONDS, ALIVE_SECONDS = 5, 0.5
@@ -222,17 +223,39 @@ def read_usage() -> Usage:
     return [(name, total[name] - free.get(name, 0.0), total[name]) for name in ("GPU", "CPU") if total.get(name)]
 
 
+def _leave_starting(controller: Any, trial: Any, reuse: Any = TuneController._maybe_reuse_cached_actor) -> bool:
+    """Takes the place of Tune's method that gives a waiting trial a process which has become free.
+
+    Tune's own ends the process that starts for that trial, again and again where trials end faster than processes
+    start: nodes that join such a sweep would never be used.
+    """
+    actor = controller._trial_to_actor.get(trial)
+    starts = actor is not None and controller._actor_manager.is_actor_started(actor)
+    return not starts and reuse(controller, trial)
+
+
+TuneController._maybe_reuse_cached_actor = _leave_starting
+
+
 def run_tune(job: Job, sweep: Runnable) -> None:
     """Runs a sweep's trials to its end, inside a `ray_session`. Raises Interrupted on Ctrl-C.
 
     Every trial is tried once: the sweep asks for those that should be tried again.
     """
+
+    def run(config: dict[str, Any]) -> None:
+        # Imported by the trial, not by its process as it starts: that takes seconds, and once another process is free,
+        # Tune ends those that start. Where trials are short, it would never come to more than one process.
+        from raylab.workers import tune_trial
+
+        tune_trial(config)
+
     scratch, before = tempfile.mkdtemp(prefix="raylab-tune-"), signal.getsignal(signal.SIGINT)
     # What became of a trial is in the tables and the display; Tune would show a traceback, with the error's message.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     try:
         tune.Tuner(
-            tune.with_resources(tune_trial, trial_resources(job)),
+            tune.with_resources(run, trial_resources(job)),
             tune_config=tune.TuneConfig(
                 search_alg=ArmSearcher(job, sweep), num_samples=-1, reuse_actors=job.resources.workers == 1
             ),

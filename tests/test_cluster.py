@@ -12,7 +12,7 @@ import pytest
 from filelock import FileLock
 from rich.console import Console
 
-from raylab.driver import claim_job, request_stop
+from raylab.driver import request_stop
 from raylab.jobs import dump_yaml
 from raylab.preparation import make_spec, prepare
 from raylab.pretrain import list_rungs
@@ -72,80 +72,45 @@ def list_running(results) -> list[dict]:
     return [row for row in trained(results, "nodes") if row["status"] == "running"]
 
 
-@pytest.fixture(scope="module")
-def job(make_job):
-    """Nine trials of a few seconds, in four rungs."""
+def test_nodes_come_and_go_and_cost_one_rung_each(cluster, nodes, make_job, read_values, tmp_path):
     space = {"pretrain.learning_rate": {"choices": [1e-3, 2e-3, 3e-3]}}
-    changes = {"name": "nodes", "pretrain.num_tokens": 64_000, "pretrain.rungs": 4}
-    return make_job("mlm", {**changes, "search": {"space": space, "seeds": [0, 1, 2]}})
-
-
-@pytest.fixture(scope="module")
-def unbroken(job, read_values, tmp_path_factory):
-    """The values of a run that no node left."""
-    results = tmp_path_factory.mktemp("unbroken")
-    run_job(job, results, SweepProgress(Console(quiet=True)), here=True)
-    return read_values(results)
-
-
-@pytest.fixture
-def start(cluster, job, tmp_path):
-    """`start()`: a driver of the job on the cluster, in a process of its own, with some trials under way."""
-    started = []
-
-    def start(results):
-        file = tmp_path / "job.yaml"
-        file.write_text(dump_yaml(job))
-        command = [sys.executable, "-m", "raylab.cli", "run", str(file), "--results", str(results)]
-        process = subprocess.Popen(
-            [*command, "--address", cluster.address], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        started.append(process)
+    changes = {"name": "nodes", "pretrain.num_tokens": 96_000, "pretrain.rungs": 4}
+    job = make_job("mlm", {**changes, "search": {"space": space, "seeds": [0, 1, 2]}})
+    cluster.remove_node(nodes.pop())
+    wait_until(lambda: read_cpus("cluster_resources") == 1)
+    (tmp_path / "job.yaml").write_text(dump_yaml(job))
+    results = tmp_path / "results"
+    command = [sys.executable, "-m", "raylab.cli", "run", str(tmp_path / "job.yaml"), "--results", str(results)]
+    process = subprocess.Popen(
+        [*command, "--address", cluster.address], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    try:
         wait_until(lambda: any(row["rung"] for row in list_running(results)), process)
-        return process
-
-    yield start
-    for process in started:
+        assert len(list_running(results)) == 1
+        # A node that comes is used.
+        nodes.append(cluster.add_node(num_cpus=1))
+        wait_until(lambda: len([row for row in list_running(results) if row["rung"]]) == 2, process)
+        built = {path: path.stat().st_mtime_ns for path in (results / FOLDER).glob("pretrain-*/progress.json")}
+        interrupted = {row["trial_id"] for row in list_running(results)}
+        for node in nodes:
+            cluster.remove_node(node, allow_graceful=False)
+        wait_until(lambda: read_cpus("cluster_resources") == 0)
+        before = {path: path.stat().st_mtime_ns for path in results.glob("nodes/*/*.parquet")}
+        # Longer than the sweep needs to see it.
+        time.sleep(8)
+        assert process.poll() is None
+        assert {path: path.stat().st_mtime_ns for path in before} == before
+        cluster.add_node(num_cpus=1)
+        _, stderr = process.communicate(timeout=200)
+    finally:
         process.kill()
-        process.communicate()
-
-
-def test_a_node_that_comes_is_used_and_one_that_leaves_costs_a_rung(
-    cluster, nodes, start, unbroken, read_values, tmp_path
-):
-    process = start(tmp_path)
-    cluster.add_node(num_cpus=1)
-    # Three nodes now: as many trials at a time.
-    wait_until(lambda: [row["rung"] > 0 for row in list_running(tmp_path)].count(True) == 3, process)
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / FOLDER).glob("pretrain-*/progress.json")}
-    under_way = {row["trial_id"] for row in list_running(tmp_path)}
-    cluster.remove_node(nodes[0], allow_graceful=False)
-    _, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr
     assert "Traceback" not in stderr
-    again = {row["trial_id"] for row in trained(tmp_path, "nodes") if row["attempts"] == 2}
-    assert len(again) == 1
-    assert again < under_way
-    # Rungs that were done by then were not trained again.
-    assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert read_values(tmp_path) == unbroken
-
-
-def test_a_sweep_without_nodes_waits_for_one(cluster, nodes, start, unbroken, read_values, tmp_path):
-    process = start(tmp_path)
-    for node in nodes:
-        cluster.remove_node(node, allow_graceful=False)
-    wait_until(lambda: read_cpus("cluster_resources") == 0)
-    before = sorted(path.stat().st_mtime_ns for path in tmp_path.glob("nodes/*/*.parquet"))
-    time.sleep(10)
-    assert process.poll() is None
-    assert sorted(path.stat().st_mtime_ns for path in tmp_path.glob("nodes/*/*.parquet")) == before
-    cluster.add_node(num_cpus=1)
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 0, stderr
-    assert "Traceback" not in stderr
-    assert {row["attempts"] for row in trained(tmp_path, "nodes")} <= {1, 2}
-    assert read_values(tmp_path) == unbroken
+    # Trials that ran when their nodes left went on from the rungs that they had.
+    assert {row["trial_id"] for row in trained(results, "nodes") if row["attempts"] > 1} <= interrupted
+    assert {path: path.stat().st_mtime_ns for path in built} == built
+    run_job(job, tmp_path / "unbroken", SweepProgress(Console(quiet=True)), here=True)
+    assert read_values(results) == read_values(tmp_path / "unbroken")
 
 
 def is_idle() -> bool:
@@ -247,10 +212,6 @@ def test_what_stops_a_worker_of_two_is_told_as_of_one(nodes, make_job, tmp_path)
         busy = OneTrial(spec)
         run_tune(job, busy)
     assert busy.ends == ["waiting"]
-    with claim_job(tmp_path, "told"):
-        late = OneTrial(spec.model_copy(update={"driver": "an earlier one"}))
-        run_tune(job, late)
-    assert late.ends == ["superseded"]
     (tmp_path / "told" / "trials").rename(tmp_path / "kept")
     # Where not even root may write.
     (tmp_path / "told" / "trials").symlink_to("/sys/kernel")
