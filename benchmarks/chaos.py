@@ -39,8 +39,8 @@ PATIENCE_SECONDS = 120
 MOST_RESUMES = 10  # without a kill, before a job counts as one that can't be finished
 # What promise 1 leaves out.
 UNLIKE = {
-    "attempts", "error", "device", "peak_memory_bytes", "wall_seconds", "gpu_seconds", "started_at", "updated_at",
-    "reused",
+    "attempts", "error", "device", "peak_memory_bytes", "wall_seconds", "gpu_seconds", "saved_seconds", "started_at",
+    "updated_at", "reused",
 }  # fmt: skip
 KEYS = {
     "trials": ("trial_id",),
@@ -238,7 +238,7 @@ class Chaos:
             self.families[-1].kill([process.pid])
             process.wait()
 
-    def check_untouched(self, results: Path, job: str, complete: dict[str, Any], built: dict[str, int]) -> None:
+    def check_untouched(self, results: Path, job: str, complete: dict[str, Any], built: dict[str, float]) -> None:
         """Counts trials that were complete before a command and written by it, and stages built over."""
         after = read_complete(results, job)
         again = [trial_id for trial_id, row in complete.items() if after.get(trial_id) != row]
@@ -304,9 +304,14 @@ def read_complete(results: Path, job: str) -> dict[str, Any]:
     return {key[0]: (r[0]["attempts"], r[0]["updated_at"]) for key, r in rows if r[0]["status"] == "complete"}
 
 
-def read_built(results: Path) -> dict[str, int]:
-    """Finished stages, and when each was built."""
-    return {path.parent.name: path.stat().st_mtime_ns for path in results.glob("_stages/[!.]*/stage.json")}
+def read_built(results: Path) -> dict[str, float]:
+    """When each stage that is there was built: what of a checkpoint is pruned later leaves `stage.json` rewritten."""
+    built = {}
+    for path in results.glob("_stages/[!.]*/stage.json"):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            # Of two builds, no two take the same time to the last digit.
+            built[path.parent.name] = json.loads(path.read_text())["wall_seconds"]
+    return built
 
 
 @contextlib.contextmanager
