@@ -2,6 +2,7 @@
 
 import copy
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,9 @@ from raylab.synth import write_notes
 # machine's cores, and no network.
 for name, value in {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}.items():
     os.environ.setdefault(name, value)
+
+# Tests that run in the background ignore SIGINT, and so would the commands that they interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ENCODER = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 FAMILIES = ("roberta", "xlm-roberta", "bert", "distilbert", "modernbert")
