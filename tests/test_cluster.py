@@ -95,6 +95,7 @@ def test_nodes_come_and_go_and_cost_one_rung_each(cluster, nodes, make_job, read
         for node in nodes:
             cluster.remove_node(node, allow_graceful=False)
         wait_until(lambda: read_cpus("cluster_resources") == 0)
+        time.sleep(2)  # the trials' processes end with their nodes
         before = {path: path.stat().st_mtime_ns for path in results.glob("nodes/*/*.parquet")}
         # Longer than the sweep needs to see it.
         time.sleep(8)
@@ -107,7 +108,9 @@ def test_nodes_come_and_go_and_cost_one_rung_each(cluster, nodes, make_job, read
     assert process.returncode == 0, stderr
     assert "Traceback" not in stderr
     # Trials that ran when their nodes left went on from the rungs that they had.
-    assert {row["trial_id"] for row in trained(results, "nodes") if row["attempts"] > 1} <= interrupted
+    again = {row["trial_id"] for row in trained(results, "nodes") if row["attempts"] > 1}
+    assert again
+    assert again <= interrupted
     assert {path: path.stat().st_mtime_ns for path in built} == built
     run_job(job, tmp_path / "unbroken", SweepProgress(Console(quiet=True)), here=True)
     assert read_values(results) == read_values(tmp_path / "unbroken")
@@ -137,14 +140,22 @@ def test_trials_that_stop_early_or_are_asked_to_leave_nothing_behind(nodes, make
 
     def ask():
         wait_until(lambda: any(row["rung"] for row in trained(tmp_path, "early")))
+        used.extend(read_usage())
         request_stop(tmp_path, "early", now=False)
 
+    from raylab.tuning import read_usage
+
+    used = []
     asking = threading.Thread(target=ask)
     asking.start()
     assert sweep(job, tmp_path).why == "it was asked to stop"
     asking.join()
+    ((name, number, total),) = used
+    assert (name, total) == ("CPU", 2)
+    assert number >= 1
     assert "running" in {row["status"] for row in trained(tmp_path, "early")}
     wait_until(is_idle)
+    assert read_usage() == [("CPU", 0, 2)]
     assert "stopped" in sweep(job, tmp_path).states
     wait_until(is_idle)
 
