@@ -181,7 +181,8 @@ def measure_growth(folder: Path, num_trials: int) -> dict[str, Any]:
     while process.poll() is None:
         time.sleep(0.5)
         with contextlib.suppress(OSError, StopIteration):  # it has just ended
-            resident.append((len(list(results.glob("many/trials/[!b]*.parquet"))), read_resident(process.pid)))
+            files = [path for path in results.glob("many/trials/*.parquet") if not path.name.startswith("baseline")]
+            resident.append((len(files), read_resident(process.pid)))
             if resident[-1][0] < num_trials:
                 last = time.perf_counter() - started
             if len(resident) % 60 == 0:
