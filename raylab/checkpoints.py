@@ -6,11 +6,12 @@ import shutil
 from pathlib import Path
 
 from raylab.disk import NOTE
+from raylab.mistakes import DamagedError
 from raylab.results import list_jobs
 from raylab.specs import Job
 from raylab.stages import measure_stages, peek_stage, prune_stage
 from raylab.storage import publish, pull
-from raylab.tables import list_trials, read_rows
+from raylab.tables import list_summaries, read_rows
 
 # What pruning takes of a rung that nothing goes on from, or that is no trial's final encoder.
 WEIGHTS = ("encoder", "optimizer.safetensors")
@@ -27,15 +28,18 @@ def prune_checkpoints(results: Path, job: Job) -> int:
     pull(results)
     keep: set[str] = set()
     mine: set[str] = set()
-    for name in list_jobs(results):
-        for row in list_trials(results, name):
-            rungs = _list_rungs(results, name, row["trial_id"])
-            if name == job.name:
-                mine |= rungs.keys()
-            if row["status"] == "complete" and rungs:
-                keep.add(max(rungs, key=lambda stage_id: rungs[stage_id]))
-            elif row["status"] not in ("stopped", "infeasible"):
-                keep |= rungs.keys()
+    try:
+        for name in list_jobs(results):
+            for row in list_summaries(results, name):
+                rungs = _list_rungs(results, name, row["trial_id"])
+                if name == job.name:
+                    mine |= rungs.keys()
+                if row["status"] == "complete" and rungs:
+                    keep.add(max(rungs, key=lambda stage_id: rungs[stage_id]))
+                elif row["status"] not in ("stopped", "infeasible"):
+                    keep |= rungs.keys()
+    except DamagedError:
+        return 0  # another job's file: what it needs isn't known until that one is resumed
     return sum(prune_stage(results, stage_id, WEIGHTS) for stage_id in sorted(mine - keep))
 
 

@@ -123,12 +123,17 @@ def print_ranking(job: Any, results: Path, split: str = "validation") -> None:
     from raylab.ranking import find_front, label_arms, list_cells, rank_arms, summarise_heldout
     from raylab.search import is_current
     from raylab.settings import resolve_target
-    from raylab.tables import list_trials
+    from raylab.tables import list_summaries, read_trial
 
     preparation = prepare(job, results)
     base, _ = name_point(preparation, {})
-    rows = {row["arm"]: row for row in list_trials(results, job.name)}
-    arms = {arm for arm, row in rows.items() if is_current(job, row, lambda v: name_point(preparation, v)[0])} | {base}
+    # One row at a time: of thousands, all would fill the memory.
+    trials = {row["arm"]: row["trial_id"] for row in list_summaries(results, job.name)}
+    arms = {base}
+    for arm, trial_id in trials.items():
+        last = read_trial(results, job.name, trial_id)
+        if last is not None and is_current(job, last, lambda values: name_point(preparation, values)[0]):
+            arms.add(arm)
     for table, cell, mode in list_cells(job):
         ranked = rank_arms(results, job, table, cell, mode, base, split, arms)
         if not ranked:

@@ -213,6 +213,15 @@ def test_checkpoints_are_pruned_to_the_final_encoders_and_made_again_where_neede
     assert {row[1] for row in fresh} == {2, 4}
 
 
+def test_nothing_is_pruned_while_another_jobs_needs_are_not_known(job, unbroken, tmp_path):
+    results = tmp_path / "results"
+    shutil.copytree(unbroken[0] / "faults", results / "other")
+    for path in results.glob("other/trials/*.parquet"):
+        DAMAGE["cut short"](path)
+    assert run(job, results).states == {"complete": 2}
+    assert len(list((results / FOLDER).glob("pretrain-*/encoder"))) == 4
+
+
 def test_all_checkpoints_are_kept_where_the_job_says_so(job, tmp_path):
     limits = job.limits.model_copy(update={"checkpoints": "all"})
     run(job.model_copy(update={"limits": limits}), tmp_path)
