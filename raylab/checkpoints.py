@@ -1,7 +1,6 @@
 """What of a job's checkpoints is kept, and the disk that it takes."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from raylab.mistakes import DamagedError
 from raylab.results import list_jobs
 from raylab.specs import Job
 from raylab.stages import measure_stages, peek_stage, prune_stage
-from raylab.storage import publish, pull
+from raylab.storage import pull, write
 from raylab.tables import list_summaries, read_rows
 
 # What pruning takes of a rung that nothing goes on from, or that is no trial's final encoder.
@@ -68,7 +67,5 @@ def measure_disk(results: Path, job: str) -> dict[str, int]:
 def note_disk(results: Path, job: str) -> dict[str, int]:
     """Measures and notes it beside the tables, for `status`, which walks no folders."""
     found = measure_disk(results, job)
-    scratch = results / job / f"{NOTE}.{os.getpid()}"
-    scratch.write_text(json.dumps(found))
-    publish(results, scratch, results / job / NOTE)
+    write(results, results / job / NOTE, json.dumps(found).encode())
     return found

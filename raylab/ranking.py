@@ -10,7 +10,7 @@ from scipy import stats
 
 from raylab.fronts import rank_fronts
 from raylab.results import SeedValue, open_tables, read_cell, read_heldout
-from raylab.settings import resolve_target
+from raylab.settings import label_values, resolve_target
 from raylab.specs import Job, Target
 
 CONFIDENCE = 0.95
@@ -148,14 +148,7 @@ def label_arms(results: Path, job: Job) -> dict[str, str]:
     rows = open_tables(results, "trials").execute(
         f"select arm, {columns} from trials where job = ? and arm not like 'baseline:%' group by arm", [job.name]
     )
-    return {
-        row[0]: ", ".join(
-            f"{name.rsplit('.', 1)[-1]}={value:g}" if isinstance(value, float) else f"{name.rsplit('.', 1)[-1]}={value}"
-            for name, value in zip(names, row[1:], strict=True)
-            if value is not None
-        )
-        for row in rows.fetchall()
-    }
+    return {row[0]: label_values(dict(zip(names, row[1:], strict=True))) for row in rows.fetchall()}
 
 
 def summarise_heldout(results: Path, job: Job) -> dict[str, dict[str, Interval]]:

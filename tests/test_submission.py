@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -82,7 +83,7 @@ def cluster(tmp_path_factory):
     """A head and a second node with a CPU each; the folder of their Python is not on their PATH."""
     folder = tmp_path_factory.mktemp("cluster")
     # Ray's sockets need a short path.
-    ray_folder = Path(subprocess.run(["mktemp", "-d", "/tmp/rs.XXXX"], capture_output=True, text=True).stdout.strip())
+    ray_folder = Path(tempfile.mkdtemp(prefix="rs.", dir="/tmp"))
     token = folder / "token"
     token.write_text("a-token-of-the-tests-0123456789abcdef")
     environment = {

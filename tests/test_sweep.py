@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -93,7 +94,7 @@ def unbroken(grid_job, tmp_path_factory):
     folder = tmp_path_factory.mktemp("unbroken")
     job = write_job(grid_job, folder / "job.yaml")
     # Ray keeps its session's logs and events there: they are searched for text below. Its sockets need a short path.
-    ray_folder = Path(subprocess.run(["mktemp", "-d", "/tmp/rl.XXXX"], capture_output=True, text=True).stdout.strip())
+    ray_folder = Path(tempfile.mkdtemp(prefix="rl.", dir="/tmp"))
     environment = {**os.environ, "RAY_TMPDIR": str(ray_folder), "TMPDIR": str(ray_folder)}
     done = run_raylab("run", str(job), "--results", str(folder / "results"), env=environment)
     yield {"results": folder / "results", "done": done, "ray": ray_folder}
