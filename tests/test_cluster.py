@@ -15,8 +15,8 @@ from rich.console import Console
 from raylab.driver import request_stop
 from raylab.jobs import dump_yaml
 from raylab.preparation import make_spec, prepare
-from raylab.pretrain import list_rungs
 from raylab.progress import SweepProgress
+from raylab.rungs import list_rungs
 from raylab.stages import FOLDER
 from raylab.sweep import ENVIRONMENT, run_job
 from raylab.tables import list_trials
