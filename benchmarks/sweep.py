@@ -70,7 +70,9 @@ def run_timed(job: Job, results: Path) -> list[float]:
             super().finish_trial(*arguments)
 
     with open(os.devnull, "w") as nowhere:
-        states = run_job(job, results, Watch(Console(file=nowhere))).states
+        watch = Watch(Console(file=nowhere))
+        states = run_job(job, results, watch).states
+        watch.stop()
     assert states == {"complete": len(ends)}, states
     return [*ends, time.perf_counter() - started]
 

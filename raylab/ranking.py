@@ -126,7 +126,7 @@ def _read_values(results: Path, job: Job, table: str, cell: dict[str, Any], spli
     if "evaluate.frozen_layers" not in job.search.space or "frozen_layers" not in cell:
         yield from read_cell(results, job.name, table, cell, split)
         return
-    asked = open_tables(results, "trials").execute(
+    asked = open_tables(results, "trials", job.name).execute(
         'select arm, any_value("evaluate.frozen_layers") from trials where job = ? group by arm', [job.name]
     )
     depths: dict[str, str] = {}
@@ -145,7 +145,7 @@ def label_arms(results: Path, job: Job) -> dict[str, str]:
     if not names:
         return {}
     columns = ", ".join(f'any_value("{name}")' for name in names)
-    rows = open_tables(results, "trials").execute(
+    rows = open_tables(results, "trials", job.name).execute(
         f"select arm, {columns} from trials where job = ? and arm not like 'baseline:%' group by arm", [job.name]
     )
     return {row[0]: label_values(dict(zip(names, row[1:], strict=True))) for row in rows.fetchall()}

@@ -1,5 +1,6 @@
 """Reading the result tables: SQL over all jobs, states, and arms ranked. Without torch, Ray or scikit-learn."""
 
+import itertools
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,9 +18,11 @@ if TYPE_CHECKING:
     import duckdb
     import pyarrow as pa
 
+FILES_AT_ONCE = 20
 
-def open_tables(results: Path, sql: str | None = None) -> "duckdb.DuckDBPyConnection":
-    """A DuckDB connection with one view a table over all jobs, that can reach no other file, nor write any.
+
+def open_tables(results: Path, sql: str | None = None, job: str = "*") -> "duckdb.DuckDBPyConnection":
+    """A DuckDB connection with one view a table over all jobs, or one, that can reach no other file, nor write any.
 
     The rows are those of one moment. With `sql`, only the tables that it names are read. Columns are joined by name,
     so rows of older versions stay readable. Raises JobError without a results folder.
@@ -34,21 +37,21 @@ def open_tables(results: Path, sql: str | None = None) -> "duckdb.DuckDBPyConnec
     for table, schema in SCHEMAS.items():
         if sql is None or table in sql.lower():
             # Not schema.empty_table(), which loads pandas.
-            parts = [
-                pa.Table.from_batches([], schema=schema),
-                *_read_files(results, table),
-            ]
+            parts, files = [pa.Table.from_batches([], schema=schema)], _read_files(results, table, job)
+            # Joined as they come: a file's hundred columns take far more memory than their one row.
+            while some := list(itertools.islice(files, FILES_AT_ONCE)):
+                parts.append(pa.concat_tables(some, promote_options="default").combine_chunks())
             connection.register(table, pa.concat_tables(parts, promote_options="default"))
     connection.execute("set enable_external_access=false")
     connection.execute("set lock_configuration=true")
     return connection
 
 
-def _read_files(results: Path, table: str) -> "Iterator[pa.Table]":
+def _read_files(results: Path, table: str, job: str) -> "Iterator[pa.Table]":
     """The files of a table. Raises JobError at one that is damaged: an answer without it would be another one."""
     from raylab.tables import read_file
 
-    for path in list_files(results, table):
+    for path in list_files(results, table, job):
         try:
             yield read_file(path, table)
         except DamagedError as error:
@@ -73,9 +76,9 @@ def query(results: Path, sql: str) -> "pa.Table":
         raise JobError([f"query: {type(error).__name__} while reading the rows; check casts and arithmetic"]) from None
 
 
-def list_files(results: Path, table: str) -> list[Path]:
-    """The files of a table over all jobs."""
-    files = sorted(results.glob(f"*/{table}/*.parquet"))
+def list_files(results: Path, table: str, job: str = "*") -> list[Path]:
+    """The files of a table over all jobs, or one."""
+    files = sorted(results.glob(f"{job}/{table}/*.parquet"))
     return [path for path in files if not path.name.startswith(".") and not path.parts[-3].startswith("_")]
 
 
@@ -161,7 +164,7 @@ def read_cell(results: Path, job: str, table: str, cell: dict[str, Any], split: 
     Only trials that ran to the end count; of an adaptive search only confirmed ones. Baselines have no depth and no
     probe, so for them those parts of the cell are left out.
     """
-    connection = open_tables(results, f"trials {table}")
+    connection = open_tables(results, f"trials {table}", job)
     conditions = " and ".join(
         f"(t.arm like 'baseline:%' or s.{key} is not distinct from ?)"
         if key in ("frozen_layers", "probe")
@@ -184,7 +187,7 @@ def read_cell(results: Path, job: str, table: str, cell: dict[str, Any], split: 
 def read_heldout(results: Path, job: str) -> dict[tuple[str, int], dict[str, tuple[float, float]]]:
     """(arm, seed) -> held-out measure -> its value at the start and at the end of pre-training."""
     rows = (
-        open_tables(results, "trials curves")
+        open_tables(results, "trials curves", job)
         .execute(
             """
             select t.arm, t.seed, c.metric, arg_min(c.value, c.step), arg_max(c.value, c.step)
