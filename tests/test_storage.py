@@ -44,7 +44,6 @@ KEY = {"texts": "abc"}
 @pytest.fixture(scope="module")
 def s3():
     """A server on this machine that speaks S3, with a bucket of its own; its URL with room for a folder."""
-    pytest.importorskip("moto", reason="pip install 'moto[s3]' flask flask-cors")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
