@@ -1,4 +1,7 @@
-"""The commands. Each imports what it needs when it runs, so that `status` and `query` stay quick."""
+"""The `raylab` command, and the commands about jobs; those about encoders stand in `encoders`.
+
+Each imports what it needs when it runs, so that `status` and `query` stay quick.
+"""
 
 import contextlib
 import json
@@ -11,8 +14,21 @@ from typing import Annotated, Any
 
 import typer
 
+from raylab.encoders import unseal
+from raylab.launch import launch
 from raylab.mistakes import JobError
-from raylab.output import Format, messages, name_user, output, print_ranking, print_rows, tell_submitted
+from raylab.options import (
+    RESULTS,
+    AddressOption,
+    DataOption,
+    FormatOption,
+    ResultsOption,
+    SetOption,
+    load,
+    open_folder,
+    read_overrides,
+)
+from raylab.output import Format, messages, output, print_rows, tell_submitted
 
 app = typer.Typer(
     add_completion=False,
@@ -20,46 +36,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Hyperparameter and ablation studies of text encoders for healthcare text, on Ray.",
 )
-ResultsOption = Annotated[str, typer.Option("--results", help="where results are kept: a folder, or a URL (s3://...)")]
-DataOption = Annotated[Path | None, typer.Option("--data", help="a folder that holds the corpus files, by name")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", help="SETTING=VALUE, over the job file; repeatable")]
-AddressOption = Annotated[str | None, typer.Option(help="a cluster's dashboard, such as http://HOST:8265")]
-RESULTS = "results"
-FormatOption = Annotated[Format, typer.Option("--format", help="table, json, csv, parquet or arrow")]
-
-
-def _overrides(items: list[str] | None) -> dict[str, Any]:
-    from raylab.jobs import read_value
-
-    found: dict[str, Any] = {}
-    problems: list[str] = []
-    for item in items or []:
-        name, sign, value = item.partition("=")
-        if not sign or not all(name.split(".")):
-            problems.append(f"--set {item}: must be SETTING=VALUE, such as pretrain.num_tokens=1000000")
-            continue
-        try:
-            found[name] = read_value(value)
-        except JobError as error:
-            problems += [f"--set {item}: {problem}" for problem in error.problems]
-    if problems:
-        raise JobError(problems)
-    return found
-
-
-def _open(where: str) -> Path:
-    """The results folder, or this machine's mirror of a URL, up to date."""
-    from raylab.storage import open_results, pull
-
-    results = open_results(where)
-    pull(results)
-    return results
-
-
-def _load(path: Path, data: Path | None, overrides: list[str] | None) -> Any:
-    from raylab.jobs import load_job
-
-    return load_job(path, overrides=_overrides(overrides), data=data)
 
 
 @app.command()
@@ -76,7 +52,7 @@ def run(
         raise JobError(
             [f"--address {address}: a dashboard takes jobs by 'raylab submit'; 'run' joins a Ray (auto, IP:PORT)"]
         )
-    _run(_load(job, data, overrides), results, address, here)
+    launch(load(job, data, overrides), results, address, here)
 
 
 @app.command()
@@ -96,7 +72,7 @@ def resume(
 
         if here:
             raise JobError(["--here: runs in this process, not on a cluster; leave out --here or --address"])
-        _overrides(overrides)
+        read_overrides(overrides)
         changes = [part for item in overrides or [] for part in ("--set", item)]
         changes += ["--data", check_folder("--data", str(data))] if data is not None else []
         with connect(address) as cluster:
@@ -104,7 +80,7 @@ def resume(
         return
     from raylab.results import find_job
 
-    _run(_load(find_job(_open(results), name), data, overrides), results, address, here)
+    launch(load(find_job(open_folder(results), name), data, overrides), results, address, here)
 
 
 def _is_url(address: str | None) -> bool:
@@ -133,7 +109,7 @@ def submit(
     folder = check_folder("--results", results)
     if data is not None:
         check_folder("--data", str(data))
-    loaded = _load(job, data, overrides)
+    loaded = load(job, data, overrides)
     with connect(address) as cluster:
         submission_id = submit_job(cluster, loaded, folder)
         tell_submitted(loaded.name, address, submission_id)
@@ -166,48 +142,10 @@ def logs(
     from raylab.results import find_job
     from raylab.storage import is_url, open_log
 
-    folder = _open(results)
+    folder = open_folder(results)
     find_job(folder, name)
     every = 2.0 if is_url(results) else 0.2
     print_log(lambda: open_log(folder, name), every if follow else None)
-
-
-def _run(job: Any, where: str, address: str | None, here: bool) -> None:
-    from raylab.progress import SweepProgress
-    from raylab.storage import LOG, push
-    from raylab.sweep import run_job
-
-    results = _open(where).resolve()
-    # A live block would get in a debugger's way.
-    progress = SweepProgress(messages, job.name, live=False if here else None)
-    given = [*(("--results", where) if where != RESULTS else ()), *(("--address", address) if address else ())]
-    again = shlex.join(["raylab", "resume", job.name, *given])
-
-    def tell_end(why: str) -> None:
-        progress.stop()
-        messages.print(f"{why}; what is done is kept. Go on with: {again}", highlight=False)
-
-    try:
-        ended = run_job(job, results, progress, address=address, here=here, tell_lost=tell_end)
-    except KeyboardInterrupt:
-        tell_end("interrupted")
-        raise typer.Exit(1) from None
-    finally:
-        progress.stop()
-    push(results, results / job.name / LOG)  # what the end of the progress added
-    print_ranking(job, results)
-    failed = ended.states.get("failed", 0)
-    if failed:
-        messages.print(
-            f"{failed} trial(s) failed; see: raylab status {job.name}. Try them again with: {again}", highlight=False
-        )
-    if ended.why is not None:
-        messages.print(f"ended early: {ended.why}. What is done is kept; go on with: {again}", highlight=False)
-    if failed or (ended.why is not None and not ended.by_limit):
-        raise typer.Exit(1)
-    if ended.states and not ended.states.keys() & {"complete", "stopped"}:
-        messages.print("no trial could work; see the errors: raylab query 'select trial_id, error from trials'")
-        raise typer.Exit(1)
 
 
 @app.command()
@@ -227,7 +165,7 @@ def stop(
     from raylab.driver import request_stop
     from raylab.results import find_job
 
-    folder = _open(results)
+    folder = open_folder(results)
     find_job(folder, name)
     request_stop(folder, name, now)
     messages.print(f"{name}: asked to stop {'at once' if now else 'after the rungs that run'}", highlight=False)
@@ -249,7 +187,7 @@ def status(
     else:
         from raylab.results import summarise_jobs
 
-        rows = summarise_jobs(_open(results), name)
+        rows = summarise_jobs(open_folder(results), name)
     if not rows and form is Format.table:
         messages.print(f"no jobs {f'submitted to {address}' if address else f'under {results}'}")
         return
@@ -274,7 +212,7 @@ def query(
     elif sql is None:
         raise JobError(["query: give SQL in quotes, or --list"])
     else:
-        print_rows(ask(_open(results), sql), form)
+        print_rows(ask(open_folder(results), sql), form)
 
 
 @app.command()
@@ -288,29 +226,14 @@ def plan(
     """What a job would run and what the corpus makes of its settings, before any GPU."""
     from raylab.plan import plan_job, print_plan
 
-    found = plan_job(_load(job, data, overrides), _open(results).resolve())
+    found = plan_job(load(job, data, overrides), open_folder(results).resolve())
     if form is Format.json:
         print(json.dumps(found, indent=1))
     else:
         print_plan(found, output)
 
 
-@app.command()
-def unseal(
-    name: Annotated[str, typer.Argument(help="the job's name")],
-    arms: Annotated[list[str] | None, typer.Argument(help="arms; else all that are ranked")] = None,
-    results: ResultsOption = RESULTS,
-    reason: Annotated[str, typer.Option(help="why, for the record")] = "",
-) -> None:
-    """Score the test split from the kept encoders; each access is recorded."""
-    from raylab.jobs import load_job
-    from raylab.results import find_job
-    from raylab.unseal import unseal_job
-
-    folder = _open(results).resolve()
-    job = load_job(find_job(folder, name))
-    unseal_job(job, folder, arms or [], by=name_user(), reason=reason, tell=messages.print)
-    print_ranking(job, folder, split="test")
+app.command()(unseal)
 
 
 @app.command()
