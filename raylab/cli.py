@@ -14,8 +14,8 @@ from typing import Annotated, Any
 
 import typer
 
-from raylab.encoders import unseal
-from raylab.launch import launch
+from raylab.encoders import evaluate, export, profile, unseal
+from raylab.launch import is_dashboard, launch
 from raylab.mistakes import JobError
 from raylab.options import (
     RESULTS,
@@ -48,10 +48,6 @@ def run(
     here: Annotated[bool, typer.Option("--here", help="every trial in this process, without Ray: to debug")] = False,
 ) -> None:
     """Run a job, or what is missing of it; ends with the arms ranked."""
-    if _is_url(address):
-        raise JobError(
-            [f"--address {address}: a dashboard takes jobs by 'raylab submit'; 'run' joins a Ray (auto, IP:PORT)"]
-        )
     launch(load(job, data, overrides), results, address, here)
 
 
@@ -67,7 +63,7 @@ def resume(
     here: Annotated[bool, typer.Option("--here", help="every trial in this process, without Ray")] = False,
 ) -> None:
     """Go on with a job from the file kept beside its results."""
-    if address is not None and _is_url(address):
+    if address is not None and is_dashboard(address):
         from raylab.submission import check_folder, connect, resume_job
 
         if here:
@@ -81,10 +77,6 @@ def resume(
     from raylab.results import find_job
 
     launch(load(find_job(open_folder(results), name), data, overrides), results, address, here)
-
-
-def _is_url(address: str | None) -> bool:
-    return address is not None and address.startswith(("http://", "https://"))
 
 
 def _there(results: str) -> str | None:
@@ -234,6 +226,9 @@ def plan(
 
 
 app.command()(unseal)
+app.command()(export)
+app.command()(profile)
+app.command()(evaluate)
 
 
 @app.command()

@@ -139,13 +139,13 @@ def _resolve_paths(raw: dict[str, Any], folder: Path, data: Path | None) -> None
             table["root"] = str(data.resolve()) if data else absolute(table["root"])
     encoder = raw.get("encoder")
     if isinstance(encoder, dict) and isinstance(encoder.get("pretrained"), str):
-        encoder["pretrained"] = _resolve_encoder(encoder["pretrained"], folder)
+        encoder["pretrained"] = resolve_encoder(encoder["pretrained"], folder)
     search = raw.get("search")
     if isinstance(search, dict) and isinstance(search.get("space"), str):
         search["space"] = absolute(search["space"])
 
 
-def _resolve_encoder(name: str, folder: Path) -> str:
+def resolve_encoder(name: str, folder: Path) -> str:
     """A name with a leading dot or an existing folder is a directory; anything else a Hugging Face name."""
     path = folder / Path(name).expanduser()
     return str(path.resolve()) if name.startswith((".", "~", "/")) or path.is_dir() else name
@@ -156,7 +156,7 @@ def _read_space(path: Path) -> dict[str, Any]:
     encoder = space.get("encoder.pretrained")
     names = encoder if isinstance(encoder, list) else encoder.get("choices") if isinstance(encoder, dict) else None
     if isinstance(names, list):
-        names[:] = [_resolve_encoder(name, path.parent) if isinstance(name, str) else name for name in names]
+        names[:] = [resolve_encoder(name, path.parent) if isinstance(name, str) else name for name in names]
     return space
 
 

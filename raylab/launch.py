@@ -5,8 +5,14 @@ from typing import Any
 
 import typer
 
+from raylab.mistakes import JobError
 from raylab.options import RESULTS, open_folder
 from raylab.output import messages, print_ranking
+
+
+def is_dashboard(address: str | None) -> bool:
+    """Whether an address is that of a cluster's dashboard, not of its Ray."""
+    return address is not None and address.startswith(("http://", "https://"))
 
 
 def launch(job: Any, where: str, address: str | None, here: bool) -> None:
@@ -14,6 +20,10 @@ def launch(job: Any, where: str, address: str | None, here: bool) -> None:
 
     Ends the command with code 1 where something failed or was interrupted.
     """
+    if is_dashboard(address):
+        raise JobError(
+            [f"--address {address}: a dashboard takes jobs by 'raylab submit'; 'run' joins a Ray (auto, IP:PORT)"]
+        )
     from raylab.progress import SweepProgress
     from raylab.storage import LOG, push
     from raylab.sweep import run_job

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import json
-import resource
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ import raylab
 from raylab.driver import read_stop, read_token
 from raylab.encoder import choose_device
 from raylab.evaluation import evaluate_encoder, open_encoder
+from raylab.memory import read_peak, reset_peak
 from raylab.mistakes import BusyError, InfeasibleError, JobError, SupersededError, describe_error, find_storage_problem
 from raylab.pretrain import measure_rung, open_data, read_curves, start_rung, train_rung
 from raylab.rungs import list_rungs, num_rungs
@@ -48,7 +48,7 @@ def run_trial(spec: TrialSpec, *, decide: Decide = go_on, world: World = ALONE) 
     trains the rung that it needs, SupersededError where another driver has taken over, and what the file system says
     where it is full or read-only: then nothing is recorded, and the trial goes on later.
     """
-    _reset_peak_memory()
+    reset_peak(choose_device())
     row = _open_row(spec)
     results, last = Path(spec.results), num_rungs(spec.settings)
     # Handed out before the job was asked to stop, begun after.
@@ -59,7 +59,7 @@ def run_trial(spec: TrialSpec, *, decide: Decide = go_on, world: World = ALONE) 
 
     def record(status: str, **changes: Any) -> None:
         elapsed = time.perf_counter() - started
-        row.update(changes, status=status, updated_at=now(), peak_memory_bytes=_peak_memory())
+        row.update(changes, status=status, updated_at=now(), peak_memory_bytes=read_peak(choose_device()))
         row["wall_seconds"] = spent[0] + elapsed
         wanted = spec.settings.resources.gpus_per_worker
         gpus = (1.0 if wanted is None else wanted) * world.size if torch.cuda.is_available() else 0.0
@@ -251,25 +251,6 @@ def describe_code() -> str:
     names = ("transformers", "tokenizers", "scikit-learn")
     versions = [f"{name} {metadata.version(name)}" for name in names]
     return ", ".join([f"raylab {raylab.__version__}{commit}", f"torch {torch.__version__}", *versions])
-
-
-def _reset_peak_memory() -> None:
-    """A process runs many trials: each one's peak is its own."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak_memory() -> int:
-    """Bytes: of the GPU where there is one, else of the process since the trial began (off Linux: ever)."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def set_threads(cpus: int) -> None:
