@@ -29,11 +29,13 @@ With `transformers` alone, the vector of a text is the mean of the last hidden s
 included; it is not normalised:
 
 ```python
+import torch
 from transformers import AutoModel, AutoTokenizer
 
 tokenizer, model = AutoTokenizer.from_pretrained("DIRECTORY"), AutoModel.from_pretrained("DIRECTORY").eval()
 inputs = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
-hidden, mask = model(**inputs).last_hidden_state, inputs["attention_mask"].unsqueeze(-1)
+with torch.inference_mode():
+    hidden, mask = model(**inputs).last_hidden_state, inputs["attention_mask"].unsqueeze(-1)
 vectors = (hidden * mask).sum(1) / mask.sum(1)
 ```
 

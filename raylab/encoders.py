@@ -8,7 +8,7 @@ import typer
 from raylab.launch import launch
 from raylab.mistakes import JobError
 from raylab.options import RESULTS, DataOption, FormatOption, ResultsOption, SetOption, load, open_folder
-from raylab.output import Format, messages, print_rows, name_user, print_ranking
+from raylab.output import Format, messages, name_user, print_ranking, print_rows
 
 
 def unseal(

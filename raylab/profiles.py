@@ -177,11 +177,8 @@ def find_encoder(name: str, open_results: Callable[[], Path], tell: Callable[[st
     try:
         AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise JobError(
-            [
-                f"profile: '{name}' is no encoder's directory or Hugging Face name, nor a trial's id ({type(error).__name__})"
-            ]
-        ) from None
+        kind = type(error).__name__
+        raise JobError([f"profile: '{name}' is no encoder's directory, Hugging Face name or trial ({kind})"]) from None
     return name
 
 
