@@ -20,9 +20,12 @@ def check_chart(path: Path) -> None:
 
 
 def plot_profile(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
-    """Latency (p50, and p95 as a thin line up) and throughput over length, a column for each device and precision."""
+    """Latency (p50, and p95 as a thin line up) and throughput over length, a column for each device and precision.
+
+    Hollow marks: the text's embedding is kept. Raises JobError.
+    """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullLocator
+    from matplotlib.ticker import NullLocator, StrMethodFormatter
 
     columns = list(dict.fromkeys((row["device"], row["precision"]) for row in rows))
     batches = list(dict.fromkeys(row["batch"] for row in rows))
@@ -41,18 +44,19 @@ def plot_profile(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None
             for row in encoded:
                 panels[0][column].plot([row["length"]] * 2, [row["p50_ms"], row["p95_ms"]], color=colour, linewidth=0.8)
             panels[0][column].plot(x, [row["p50_ms"] for row in encoded], label=label, **how)
-            panels[1][column].plot(x, [row["texts_per_second"] for row in encoded], **how)
+            panels[1][column].plot(x, [row["texts_per_s"] for row in encoded], **how)
             for row in found:
-                if row["work"] == "classify_kept":
-                    for panel, value in zip(panels[:, column], ("p50_ms", "texts_per_second"), strict=True):
+                if row["work"] == "kept":
+                    for panel, value in zip(panels[:, column], ("p50_ms", "texts_per_s"), strict=True):
                         hollow = {"color": colour, "marker": marker, "markersize": 5.5, "markerfacecolor": "white"}
-                        panel.plot([1.3 * lengths[-1]], [row[value]], **hollow)
+                        panel.plot([2 * lengths[-1]], [row[value]], **hollow)
         panels[0][column].set_title(f"{device}, {precision}", fontsize=10)
-        panels[1][column].set_xlabel("tokens a text")
+        panels[1][column].set_xlabel("tokens a text; kept: its embedding is there")
     for panel in panels.flat:
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
-        panel.set_xticks(lengths, [str(length) for length in lengths])
+        panel.set_xticks([*lengths, 2 * lengths[-1]], [*map(str, lengths), "kept"])
+        panel.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
         panel.xaxis.set_minor_locator(NullLocator())
         panel.grid(axis="y", color="#e0e0e0", linewidth=0.6)
         panel.set_axisbelow(True)
@@ -61,7 +65,7 @@ def plot_profile(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None
     panels[1][0].set_ylabel("texts a second")
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
-    figure.suptitle(f"{title}: filled, the text is encoded; hollow, its embedding is kept", fontsize=11)
+    figure.suptitle(f"{title}: time to classify texts", fontsize=11)
     try:
         figure.savefig(path)
     except OSError as error:

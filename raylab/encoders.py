@@ -67,7 +67,7 @@ def profile(
     batches: Annotated[str, typer.Option(help="texts at once")] = "1,8,32",
     lengths: Annotated[str | None, typer.Option(help="tokens a text; default: 32,128,512 as far as it goes")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="timed calls of each, after a warm-up")] = 30,
-    seconds: Annotated[float, typer.Option(min=0, help="after so many, 5 calls are enough")] = 5.0,
+    seconds: Annotated[float, typer.Option(min=0, help="after so many, 3 calls are enough")] = 2.0,
     threads: Annotated[int | None, typer.Option(min=1, help="of the CPU; default: torch's own choice")] = None,
     plot: Annotated[Path | None, typer.Option(help="a chart too, as FILE.png or FILE.svg")] = None,
     form: FormatOption = Format.table,
@@ -96,5 +96,5 @@ def profile(
     print_rows(rows, form)
     messages.print(f"cpu: {torch.get_num_threads()} threads", highlight=False)
     if plot is not None:
-        plot_profile(rows, encoder if len(encoder) <= 40 else Path(encoder).name, plot)
+        plot_profile(rows, encoder if len(encoder) <= 40 else "/".join(Path(encoder).parts[-2:]), plot)
         messages.print(f"{plot}: written", highlight=False)

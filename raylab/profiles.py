@@ -20,7 +20,7 @@ PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
 HEAD_SIZE = 128
 NUM_CLASSES = 10
 WARM_UP = 3
-FEWEST = 5
+FEWEST = 3
 # Embeddings that are kept: rows of a table, drawn at random.
 KEPT = 10_000
 
@@ -33,7 +33,7 @@ class Load(NamedTuple):
     batches: tuple[int, ...] = (1, 8, 32)
     lengths: tuple[int, ...] | None = None
     repeats: int = 30
-    seconds: float = 5.0
+    seconds: float = 2.0
 
 
 LENGTHS = (32, 128, 512)
@@ -64,13 +64,13 @@ def check_load(load: Load, positions: int | None) -> tuple[int, ...]:
 
 
 def profile_encoder(path: str, load: Load, tell: Callable[[str], None] = lambda line: None) -> list[dict[str, Any]]:
-    """A row for every device, precision, length and batch: `work` is encode, or classify_kept.
+    """A row for every device, precision, length and batch: `work` is encode, or kept.
 
     encode: token ids enter, class scores leave: forward pass, mean pooling and a head, as in a fine-tuned encoder.
-    classify_kept: embeddings [10,000, D] are there; some are picked, and the same head gives class scores: no length.
-    p50_ms, p95_ms: milliseconds a batch, over `repeats` (fewer, 5 at least, where `seconds` are over), after a warm-up;
-    the way to the device and back counts. texts_per_second and tokens_per_second are those of p50. peak_mb: megabytes
-    of the process (cpu) or that torch allocated (cuda). kept_speedup: p50 of encode over that of classify_kept at the
+    kept: embeddings [10,000, D] are there; some are picked, and the same head gives class scores: no length.
+    p50_ms, p95_ms: milliseconds a batch, over `repeats` calls (fewer, 3 at least, where `seconds` are over) after a
+    warm-up; the way to the device and back counts. texts_per_s, tokens_per_s: at p50. peak_mb: megabytes of the process,
+    torch itself included (cpu), or that torch allocated (cuda). kept_speedup: p50 of encode over that of kept at the
     same device, precision and batch. What does not fit a GPU has null numbers. Raises JobError.
     """
     lengths = check_load(load, inspect_encoder(path, None)["positions"])
@@ -88,7 +88,7 @@ def profile_encoder(path: str, load: Load, tell: Callable[[str], None] = lambda 
                     both = found["p50_ms"] is not None and kept["p50_ms"] is not None
                     times = {"kept_speedup": found["p50_ms"] / kept["p50_ms"] if both else None}
                     rows.append(common | {"work": "encode", "length": length} | found | times)
-                rows.append(common | {"work": "classify_kept", "length": None} | kept | {"kept_speedup": None})
+                rows.append(common | {"work": "kept", "length": None} | kept | {"kept_speedup": None})
             del model, head
     return rows
 
@@ -134,15 +134,15 @@ def _measure(
     try:
         times = np.array(list(_time(act, load.repeats, load.seconds)))
     except torch.cuda.OutOfMemoryError:
-        names = ("repeats", "p50_ms", "p95_ms", "texts_per_second", "tokens_per_second", "peak_mb")
+        names = ("calls", "p50_ms", "p95_ms", "texts_per_s", "tokens_per_s", "peak_mb")
         return dict.fromkeys(names)
     middle = float(np.median(times))
     return {
-        "repeats": len(times),
+        "calls": len(times),
         "p50_ms": middle * 1e3,
         "p95_ms": float(np.percentile(times, 95)) * 1e3,
-        "texts_per_second": batch / middle,
-        "tokens_per_second": None if length is None else batch * length / middle,
+        "texts_per_s": batch / middle,
+        "tokens_per_s": None if length is None else batch * length / middle,
         "peak_mb": read_peak(device) / 1e6,
     }
 
@@ -150,8 +150,10 @@ def _measure(
 @torch.inference_mode()
 def _time(act: Callable[[], Tensor], repeats: int, seconds: float) -> Iterator[float]:
     """Seconds of each call. The result lies on the CPU when it returns: a GPU has ended its work."""
-    for _ in range(WARM_UP):
-        act()
+    began = time.perf_counter()
+    for index in range(WARM_UP):
+        if index == 0 or time.perf_counter() - began < seconds:
+            act()
     began = time.perf_counter()
     for index in range(repeats):
         if index >= FEWEST and time.perf_counter() - began > seconds:
