@@ -49,12 +49,14 @@ def evaluate(
     here: Annotated[bool, typer.Option("--here", help="every trial in this process, without Ray")] = False,
 ) -> None:
     """Score encoders as they are, without pre-training, on a job's corpus; ends with them ranked."""
-    from raylab.lineup import line_up
+    from raylab.lineup import check_starts, line_up
 
     *names, path = encoders
     if not names or not path.endswith((".yaml", ".yml")):
         raise JobError(["evaluate: give one or more encoders, then a job file: raylab evaluate ENCODER... JOB.yaml"])
-    job = line_up(load(Path(path), data, overrides), names, open_folder(results).resolve())
+    folder = open_folder(results).resolve()
+    job = line_up(load(Path(path), data, overrides), names, folder)
+    check_starts(job, folder)
     messages.print(f"job {job.name}", highlight=False)
     launch(job, results, address, here)
 

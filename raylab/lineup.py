@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from raylab.blocks import Pretrain
+from raylab.designs import list_points
 from raylab.identity import digest
 from raylab.jobs import check_job, resolve_encoder
+from raylab.mistakes import JobError
+from raylab.preparation import name_point, prepare
 from raylab.settings import SETTINGS, dump_job, is_list
 from raylab.specs import Choices, Job
 from raylab.trials import TRIAL_ID, find_trial
@@ -45,6 +48,19 @@ def line_up(job: Job, names: Sequence[str], results: Path) -> Job:
         "targets": raw["search"]["targets"],
     }
     return check_job(raw)
+
+
+def check_starts(job: Job, results: Path) -> None:
+    """Raises JobError with every encoder of such a job that can't serve, before any of them is scored."""
+    preparation, problems = prepare(job, results), []
+    for values in list_points(job):
+        try:
+            name_point(preparation, values)
+        except JobError as error:
+            name = next(iter(values.values()), job.encoder.pretrained or job.encoder.trial)
+            problems += [f"{problem} (of {name})" for problem in error.problems]
+    if problems:
+        raise JobError(problems)
 
 
 def _find_start(name: str, results: Path) -> tuple[str, str]:
