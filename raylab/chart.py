@@ -8,7 +8,14 @@ from raylab.mistakes import JobError
 
 ENDINGS = (".png", ".svg")
 # Of the batches, smallest first: a grey, a marker and a line each, so that none needs colour.
-STYLES = (("#000000", "o", "-"), ("#4d4d4d", "s", "--"), ("#808080", "^", "-."), ("#a6a6a6", "D", ":"))
+STYLES = (
+    ("#000000", "o", "-"),
+    ("#4d4d4d", "s", "--"),
+    ("#808080", "^", "-."),
+    ("#a6a6a6", "D", ":"),
+    ("#000000", "v", ":"),
+    ("#666666", "P", "-"),
+)
 
 
 def check_chart(path: Path) -> None:
@@ -39,24 +46,26 @@ def plot_profile(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None
             found = [row for row in here if row["batch"] == batch]
             encoded = [row for row in found if row["work"] == "encode"]
             label = f"batch of {batch}"
-            x = [row["length"] for row in encoded]
+            aside = 1 + 0.05 * (number - (len(batches) - 1) / 2)  # else one line up would hide another
+            x = [row["length"] * aside for row in encoded]
             how = {"color": colour, "marker": marker, "linestyle": line, "markersize": 4.5, "linewidth": 1.4}
-            for row in encoded:
-                panels[0][column].plot([row["length"]] * 2, [row["p50_ms"], row["p95_ms"]], color=colour, linewidth=0.8)
+            for place, row in zip(x, encoded, strict=True):
+                panels[0][column].plot([place] * 2, [row["p50_ms"], row["p95_ms"]], color=colour, linewidth=0.8)
             panels[0][column].plot(x, [row["p50_ms"] for row in encoded], label=label, **how)
             panels[1][column].plot(x, [row["texts_per_s"] for row in encoded], **how)
             for row in found:
                 if row["work"] == "kept":
                     for panel, value in zip(panels[:, column], ("p50_ms", "texts_per_s"), strict=True):
                         hollow = {"color": colour, "marker": marker, "markersize": 5.5, "markerfacecolor": "white"}
-                        panel.plot([2 * lengths[-1]], [row[value]], **hollow)
+                        panel.plot([2 * lengths[-1] * aside], [row[value]], **hollow)
         panels[0][column].set_title(f"{device}, {precision}", fontsize=10)
         panels[1][column].set_xlabel("tokens a text; kept: its embedding is there")
     for panel in panels.flat:
         panel.set_xscale("log", base=2)
+        panel.set_xlim(lengths[0] / 1.3, 2 * lengths[-1] * 1.3)
         panel.set_yscale("log")
         panel.set_xticks([*lengths, 2 * lengths[-1]], [*map(str, lengths), "kept"])
-        panel.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        panel.yaxis.set_major_formatter(StrMethodFormatter("{x:,.10g}"))
         panel.xaxis.set_minor_locator(NullLocator())
         panel.grid(axis="y", color="#e0e0e0", linewidth=0.6)
         panel.set_axisbelow(True)
