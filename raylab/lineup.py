@@ -38,12 +38,11 @@ def line_up(job: Job, names: Sequence[str], results: Path) -> Job:
             listed = [v for choice in entry.choices for v in (choice if isinstance(choice, list | tuple) else [choice])]
             raw["evaluate"][field] = list(dict.fromkeys(listed))
     space: dict[str, Any] = {}
-    for kind, start in starts[1:]:
+    for kind, start in starts:
         space.setdefault(f"encoder.{kind}", []).append(start)
     raw["search"] = {
         "space": space,
-        # The base arm, then each other encoder in its place.
-        "design": "one_factor" if space else "grid",
+        "design": "one_factor",  # the base arm, then each other encoder in its place
         "seeds": list(search.confirm.seeds if search.confirm else search.seeds),
         "targets": raw["search"]["targets"],
     }

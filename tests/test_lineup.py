@@ -10,11 +10,11 @@ import yaml
 from rich.console import Console
 
 from raylab.cli import main
+from raylab.designs import list_points
 from raylab.jobs import check_job, dump_yaml, load_job
 from raylab.lineup import line_up
 from raylab.preparation import name_point, prepare
 from raylab.progress import SweepProgress
-from raylab.settings import dump_job
 from raylab.sweep import run_job
 from raylab.tables import list_trials, read_rows
 
@@ -69,7 +69,7 @@ def test_encoders_are_ranked_with_the_baselines(finished, job, encoder_folders, 
     arms = {row["arm"] for row in rows}
     assert len(arms) == 3
     assert {row["num_tokens"] for row in rows} == {0}
-    for arm in (*arms, "baseline:tfidf", "baseline:majority"):
+    for arm in (*arms, f"trial={trial}", "baseline:tfidf", "baseline:majority"):
         assert arm in shown.out
     # The trial's own encoder, tokenizer and draws: the scores that it had.
     again = next(r for r in rows if r["encoder.trial"] == trial and r["seed"] == 0)
@@ -106,7 +106,7 @@ def test_the_job_that_is_made(make_job, encoder_folders, tmp_path):
     made = line_up(job, [folders[0], folders[1], folders[0]], tmp_path)
     assert made.encoder.pretrained == folders[0]
     assert made.search.design == "one_factor"
-    assert {name: entry.choices for name, entry in made.search.space.items()} == {"encoder.pretrained": (folders[1],)}
+    assert {name: entry.choices for name, entry in made.search.space.items()} == {"encoder.pretrained": tuple(folders)}
     assert made.search.seeds == (7, 8)
     assert made.evaluate.frozen_layers == ("all", "1", "none")
     assert made.evaluate.shots == (2, 4)
@@ -114,7 +114,9 @@ def test_the_job_that_is_made(make_job, encoder_folders, tmp_path):
     assert made.pretrain.objective == "none"
     assert made.name.startswith("searching.evaluate-encoders")
     assert check_job(yaml.safe_load(dump_yaml(made))) == made
-    assert json.dumps(dump_job(line_up(job, [folders[0]], tmp_path))["search"]["space"]) == "{}"
+    alone = line_up(job, [folders[0]], tmp_path)
+    assert list(list_points(alone)) == [{}]
+    assert alone.name == f"searching.evaluate-{Path(folders[0]).parent.name}-bert"
 
 
 def test_a_long_name_is_cut_but_stays_its_own(make_job, encoder_folders, tmp_path):
