@@ -16,6 +16,6 @@ def test_a_peak_is_that_of_the_work_since_the_reset():
     high = read_peak(CPU)
     assert (high - before) / 2**20 > MEGABYTES / 2  # a system short of memory may take some of it away
     del taken
-    assert read_peak(CPU) >= high  # freed: it was a peak none the less
+    assert read_peak(CPU) > high - 2**20  # freed: it was a peak none the less (the system counts in some pages at once)
     reset_peak(CPU)
     assert (high - read_peak(CPU)) / 2**20 > MEGABYTES / 2
