@@ -45,6 +45,10 @@ class Runnable(Protocol):
         """Raises Interrupted where the sweep must end at once."""
 
 
+class Finished(Exception):  # noqa: N818 -- no error: the end of a sweep
+    """All trials of a sweep have ended."""
+
+
 class ArmSearcher(Searcher):
     """Gives Tune the trials of a sweep, as many as fit on the cluster as it is now, and passes their ends on."""
 
@@ -53,7 +57,7 @@ class ArmSearcher(Searcher):
         self.job, self.sweep = job, sweep
         self.gpus = gpus_per_worker(job)
         self.names: dict[str, str] = {}
-        self.slots, self.counted = 0, float("-inf")
+        self.slots, self.counted, self.finished = 0, float("-inf"), False
 
     def suggest(self, trial_id: str) -> Any:
         """A trial's spec as Tune's config, None to wait, FINISHED at the end."""
@@ -62,6 +66,7 @@ class ArmSearcher(Searcher):
         try:
             spec = self.sweep.next_trial()
         except StopIteration:
+            self.finished = True
             return Searcher.FINISHED
         if spec is None:
             return None
@@ -97,10 +102,10 @@ class ArmSearcher(Searcher):
 
 
 class SweepWatch(tune.Callback):
-    """Ends a sweep at once on Ctrl-C, on a request to do so, and where no node is left."""
+    """Ends a sweep at once on Ctrl-C, on a request to do so, where no node is left, and when all trials have ended."""
 
-    def __init__(self, sweep: Runnable) -> None:
-        self.sweep = sweep
+    def __init__(self, sweep: Runnable, searcher: ArmSearcher) -> None:
+        self.sweep, self.searcher = sweep, searcher
         self.interrupted = False
         self.looked = time.monotonic()
 
@@ -113,6 +118,11 @@ class SweepWatch(tune.Callback):
                 raise Interrupted
         if self.interrupted:
             raise Interrupted
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Raises Finished: Tune's own end writes and reads again all that it knows of every trial, for nobody."""
+        if self.searcher.finished and not self.searcher.names:
+            raise Finished
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Tune keeps every trial to the end: of thousands, their specs and results would fill the driver's memory."""
@@ -253,21 +263,22 @@ def run_tune(job: Job, sweep: Runnable) -> None:
     scratch, before = tempfile.mkdtemp(prefix="raylab-tune-"), signal.getsignal(signal.SIGINT)
     # What became of a trial is in the tables and the display; Tune would show a traceback, with the error's message.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    searcher = ArmSearcher(job, sweep)
     try:
         tune.Tuner(
             tune.with_resources(run, trial_resources(job)),
-            tune_config=tune.TuneConfig(
-                search_alg=ArmSearcher(job, sweep), num_samples=-1, reuse_actors=job.resources.workers == 1
-            ),
+            tune_config=tune.TuneConfig(search_alg=searcher, num_samples=-1, reuse_actors=job.resources.workers == 1),
             run_config=tune.RunConfig(
                 name=job.name,
                 # Tune's own files: snapshots and results that nothing here reads.
                 storage_path=scratch,
                 verbose=0,
-                callbacks=[SweepWatch(sweep)],
+                callbacks=[SweepWatch(sweep, searcher)],
                 failure_config=tune.FailureConfig(max_failures=0),
             ),
         ).fit()
+    except Finished:
+        pass
     finally:
         signal.signal(signal.SIGINT, before)
         shutil.rmtree(scratch, ignore_errors=True)
