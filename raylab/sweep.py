@@ -22,6 +22,7 @@ from raylab.preparation import Preparation, make_spec, name_point, prepare
 from raylab.pretrain import make_units, open_data
 from raylab.progress import SweepProgress
 from raylab.repair import repair_job
+from raylab.results import open_tables
 from raylab.schedule import LOOK_SECONDS, Schedule
 from raylab.search import Request, Search, list_refused
 from raylab.specs import Job
@@ -90,6 +91,8 @@ def _run_job(
         progress.log_to(open_log(results, job.name, own=True))
         _check_base(preparation)
         _keep_job(results, job)
+        # The ranking needs DuckDB: a driver that has the memory at the start has it at the end of days.
+        open_tables(results, "").close()
         for line in (*repair_job(results, job.name), *_describe_left_out(splits[seeds[0]])):
             progress.note(line)
         memory: dict[Any, Any] = {}
