@@ -34,6 +34,7 @@ class SplitCorpus(NamedTuple):
 
     `open` holds the training and validation rows, `sealed` the test rows; columns: text, group (int64 code), part
     (int8: 0 train, 1 validation, 2 test), label (int64, tasks) and one int64 column for each metadata field (-1: none).
+    `open_ids` and `sealed_ids` hold the tables' own ids of these rows.
     """
 
     open: dict[str, pa.Table]
@@ -44,6 +45,8 @@ class SplitCorpus(NamedTuple):
     digests: dict[str, str]
     stored_digest: str
     supervised_by: dict[str, str]
+    open_ids: dict[str, pa.ChunkedArray]
+    sealed_ids: dict[str, pa.ChunkedArray]
 
 
 def metadata_fields(job: Job) -> list[str]:
@@ -128,6 +131,7 @@ def split_corpus(read: ReadCorpus, corpus: Corpus, fields: Collection[str], seed
     split_seed = derive_seed(corpus.split.seed, seed) if corpus.split.vary else corpus.split.seed
     coded: dict[str, pa.Table] = {}
     counts = {name: dict(table_counts) for name, table_counts in read.counts.items()}
+    ids: dict[str, pa.ChunkedArray] = {}
     classes: dict[str, list[str]] = {}
     categories: dict[str, list[str]] = {}
     places = {name: "corpus.documents" if name == DOCUMENTS else f"corpus.tasks.{name}" for name in read.tables}
@@ -158,6 +162,7 @@ def split_corpus(read: ReadCorpus, corpus: Corpus, fields: Collection[str], seed
                     "more training rows; a task needs two: check the column, lower min_class_size or drop the task"
                 )
         coded[name] = pa.table(columns).filter(pa.array(keep))
+        ids[name] = table["id"].filter(pa.array(keep))
         for code, part_name in enumerate(PARTS):
             counts[name][part_name] = int((part[keep] == code).sum())
             if counts[name][part_name] == 0 and code != TEST:
@@ -171,6 +176,8 @@ def split_corpus(read: ReadCorpus, corpus: Corpus, fields: Collection[str], seed
         raise JobError(problems)
     opened = {name: table.filter(pc.less(table["part"], TEST)) for name, table in coded.items()}
     sealed = {name: table.filter(pc.equal(table["part"], TEST)) for name, table in coded.items()}
+    open_ids = {name: ids[name].filter(pc.less(table["part"], TEST)) for name, table in coded.items()}
+    sealed_ids = {name: ids[name].filter(pc.equal(table["part"], TEST)) for name, table in coded.items()}
     names = {**classes, **{f"metadata:{field}": values for field, values in categories.items()}}
     stored = _digest_tables(opened, fields, names)
     digests = stored
@@ -180,7 +187,9 @@ def split_corpus(read: ReadCorpus, corpus: Corpus, fields: Collection[str], seed
         rules[DOCUMENTS] = corpus.split.model_dump(mode="json")
         digests = _digest_tables(read.tables, fields, rules)
     supervised_by = _find_supervision(opened, corpus, fields)
-    return SplitCorpus(opened, sealed, classes, categories, counts, digests, digest(stored), supervised_by)
+    return SplitCorpus(
+        opened, sealed, classes, categories, counts, digests, digest(stored), supervised_by, open_ids, sealed_ids
+    )
 
 
 def _code(column: pa.ChunkedArray, part: NDArray[np.int8], smallest: int) -> tuple[NDArray[np.int64], list[str]]:

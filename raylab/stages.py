@@ -28,6 +28,7 @@ VERSIONS = {
     "embed": 1,
     "evaluate": 1,
     "baseline": 1,
+    "hygiene": 1,
 }
 FOLDER = "_stages"
 
