@@ -62,7 +62,9 @@ def _count(words: Words) -> Any:
     from scipy import sparse
 
     ones = np.ones(len(words.codes), np.float32)
-    counts = sparse.csr_matrix((ones, words.codes, words.offsets), (len(words.offsets) - 1, words.num_distinct))
+    shape = (len(words.offsets) - 1, words.num_distinct)
+    # Copies: adding up what is there twice is done in place.
+    counts = sparse.csr_matrix((ones, words.codes, words.offsets), shape, copy=True)
     counts.sum_duplicates()
     return counts
 
