@@ -20,6 +20,8 @@ JACCARD = 0.8
 # Bands of MinHash values: rows of a Jaccard of 0.8 meet in one of 20 bands of 5 with a chance of 0.9996, of 0.9 with
 # one over 0.99999999. What meets is then compared exactly.
 BANDS, BAND_VALUES, MINHASH_SEED = 20, 5, 1
+# Of what meets, less is compared: texts of a Jaccard of 0.8 agree in fewer of 100 values with a chance of 0.000001.
+LEAST_AGREEING = 60
 MAX_CANDIDATES = 5_000_000  # pairs that meet; beyond them counts are lower bounds, and say so
 RUN_WORDS = 10
 READ_ROWS = 5_000
@@ -169,29 +171,31 @@ def _meet(signatures: NDArray[np.uint32], wanted: NDArray[np.bool_], sides: NDAr
     sides: a bit for each part in which a text has rows. Texts that are not `wanted` meet nothing.
     """
     num, texts = len(signatures), np.flatnonzero(wanted)
-    found, looked = np.zeros(0, np.int64), 0
+    pending, num_pairs, looked = [np.zeros(0, np.int64)], 0, 0
     for band in range(BANDS):
-        values = np.ascontiguousarray(signatures[texts, band * BAND_VALUES : (band + 1) * BAND_VALUES])
-        keys = values.view(np.dtype((np.void, values.itemsize * BAND_VALUES))).ravel()
-        bucket = np.unique(keys, return_inverse=True)[1].ravel()
-        order = np.argsort(bucket, kind="stable")
-        bucket, here = bucket[order], texts[order]
+        keys = np.zeros(len(texts), np.uint64)
+        for value in range(band * BAND_VALUES, (band + 1) * BAND_VALUES):
+            keys = _mix(keys * np.uint64(GOLDEN) + signatures[texts, value] + np.uint64(1))
+        order = np.argsort(keys, kind="stable")
+        keys, here = keys[order], texts[order]
         # Neighbours in a bucket, then those one further apart, until no bucket is that long.
-        pairs, num_pairs, places, apart = [found], len(found), np.arange(len(here)), 1
+        places, apart = np.arange(len(here)), 1
         while True:
             places = places[places + apart < len(here)]
-            places = places[bucket[places] == bucket[places + apart]]
+            places = places[keys[places] == keys[places + apart]]
             looked += len(places)
+            if num_pairs > MAX_CANDIDATES:  # many of them met before, in another band
+                pending = [np.unique(np.concatenate(pending))]
+                num_pairs = len(pending[0])
             if not len(places) or num_pairs > MAX_CANDIDATES or looked > BANDS * MAX_CANDIDATES:
                 break
             left, right = here[places], here[places + apart]
             across = (sides[left] != sides[right]) | (sides[left] & (sides[left] - 1) != 0)
-            pairs.append(left[across] * num + right[across])
-            num_pairs, apart = num_pairs + len(pairs[-1]), apart + 1
-        found = np.unique(np.concatenate(pairs))
+            pending.append(left[across] * num + right[across])
+            num_pairs, apart = num_pairs + len(pending[-1]), apart + 1
         if len(places):
-            return found, False
-    return found, True
+            return np.unique(np.concatenate(pending)), False
+    return np.unique(np.concatenate(pending)), True
 
 
 def find_near(words: Words, sides: NDArray[np.int64]) -> Near:
@@ -200,8 +204,12 @@ def find_near(words: Words, sides: NDArray[np.int64]) -> Near:
     words: each text once. sides: int64 [texts], a bit for each part in which the text has rows. Jaccard: shared over
     all distinct shingles of SHINGLE_WORDS words. Time grows with the words and the pairs that meet.
     """
-    pairs, complete = _meet(_sign(words), words.lengths >= SHINGLE_WORDS, sides)
+    signatures = _sign(words)
+    pairs, complete = _meet(signatures, words.lengths >= SHINGLE_WORDS, sides)
     left, right = np.divmod(pairs, max(len(sides), 1))
+    alike = [_agree(signatures, *some) >= LEAST_AGREEING for some in _cut_pairs(left, right, BLOCK_WORDS // 10)]
+    likely = np.concatenate([np.zeros(0, dtype=bool), *alike])
+    left, right = left[likely], right[likely]
     kept = np.zeros(len(left), dtype=bool)
     # As many pairs at once as their words fit into a block.
     sizes = np.cumsum(words.lengths[left] + words.lengths[right])
@@ -210,22 +218,28 @@ def find_near(words: Words, sides: NDArray[np.int64]) -> Near:
     return Near(left[kept], right[kept], complete)
 
 
+def _cut_pairs(left: Ints, right: Ints, size: int) -> Iterator[tuple[Ints, Ints]]:
+    """Some pairs at a time."""
+    for start in range(0, len(left), size):
+        yield left[start : start + size], right[start : start + size]
+
+
+def _agree(signatures: NDArray[np.uint32], left: Ints, right: Ints) -> Ints:
+    """In how many of their MinHash values the texts of each pair agree."""
+    found: Ints = (signatures[left] == signatures[right]).sum(axis=1)
+    return found
+
+
 def _compare(words: Words, left: Ints, right: Ints) -> NDArray[np.float64]:
     """The exact Jaccard of pairs of rows."""
+    from scipy import sparse
+
     rows, at = np.unique(np.concatenate([left, right]), return_inverse=True)
     hashes, edges = _list_shingles(words, rows)
-    sizes = np.diff(edges)
-    at_left, at_right = at[: len(left)], at[len(left) :]
-    # Both rows' shingles of every pair, one behind the other: what is there twice is shared.
-    both = np.stack([at_left, at_right], axis=1).ravel()
-    lengths = sizes[both]
-    ends = np.cumsum(lengths)
-    places = np.repeat(edges[both] - (ends - lengths), lengths) + np.arange(ends[-1])
-    of_pair = np.repeat(np.arange(len(left)), sizes[at_left] + sizes[at_right])
-    order = np.lexsort((hashes[places], of_pair))
-    values, of_pair = hashes[places][order], of_pair[order]
-    same = (values[1:] == values[:-1]) & (of_pair[1:] == of_pair[:-1])
-    shared = np.bincount(of_pair[1:][same], minlength=len(left))
+    columns = np.unique(hashes, return_inverse=True)[1]
+    has = sparse.csr_matrix((np.ones(len(columns), np.int32), columns, edges))
+    sizes, at_left, at_right = np.diff(edges), at[: len(left)], at[len(left) :]
+    shared = np.asarray(has[at_left].multiply(has[at_right]).sum(axis=1)).ravel()
     return shared / (sizes[at_left] + sizes[at_right] - shared)
 
 
