@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from raylab.blocks import PARTS
 from raylab.corpus import TEST, TRAIN, VALIDATION
-from raylab.leaks import MIN_WORD_ROWS, OPENING_WORDS, SMALLEST_GAIN, Leak, pick, read_openings, read_single_words
+from raylab.leaks import MIN_WORD_ROWS, OPENING_WORDS, SMALLEST_GAIN, Leak, draw_rows, read_openings, read_single_words
 from raylab.overlaps import (
     JACCARD,
     RUN_WORDS,
@@ -280,7 +280,9 @@ def check_labels(
         yield _check_groups(groups, here, ids, title)
     if labels is None:
         return
-    rows, words, picked, train = pick(read_words(opened["text"]), labels, opened["part"].to_numpy() == TRAIN)
+    train = opened["part"].to_numpy() == TRAIN
+    rows = draw_rows(train)
+    words, picked, train = read_words(opened["text"].take(rows)), labels[rows], train[rows]
     found: dict[str, Iterator[Leak]] = {
         "opening_words": read_openings(words, picked, train),
         "one_word": read_single_words(words, picked, train),

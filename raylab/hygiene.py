@@ -108,8 +108,10 @@ def keep_hygiene(results: Path, job: str, rows: list[Row]) -> None:
 
 
 def print_hygiene(rows: list[Row], console: Console) -> None:
-    """For people: what is not ok, the worst first, and what to do."""
-    poor = sorted((row for row in rows if row["verdict"] != "ok"), key=lambda row: row["verdict"] != "problem")
+    """For people: what is not ok, the worst first, and what to do. Classes no worse than their table are left out."""
+    worst = ("problem", "look", "ok")
+    whole = {(row["table_name"], row["check_name"]): row["verdict"] for row in rows if row["class"] is None}
+    poor = sorted((row for row in rows if row["verdict"] != "ok"), key=lambda row: worst.index(row["verdict"]))
     console.print(
         f"corpus hygiene: {len(rows)} checks, {sum(row['verdict'] == 'problem' for row in poor)} problems, "
         f"{sum(row['verdict'] == 'look' for row in poor)} to look at",
@@ -118,17 +120,22 @@ def print_hygiene(rows: list[Row], console: Console) -> None:
     if not poor:
         return
     grid = Grid(title="corpus hygiene: what is not ok")
-    for column in ("", "check", "table", "split", "class", "rows", "value", "limits", "evidence"):
+    for column in ("", "check", "table", "split", "class", "rows", "value", "evidence"):
         grid.add_column(column, overflow="fold")
     for row in poor:
+        of_table = whole.get((row["table_name"], row["check_name"]), "ok")
+        if row["class"] is not None and worst.index(of_table) <= worst.index(row["verdict"]):
+            continue
         told = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row["evidence"].items())
-        limits = f"{row['look_above']:g}, {row['problem_above']:g}"
         grid.add_row(
             row["verdict"], row["check_name"], row["table_name"], row["split"], row["class"] or "",
-            f"{row['num_rows']} ({row['share']:.1%})", f"{row['value']:.3f}", limits, told,
+            f"{row['num_rows']} ({row['share']:.1%})", f"{row['value']:.3f}", told,
         )  # fmt: skip
     console.print(grid)
-    for check in dict.fromkeys(row["check_name"] for row in poor):
+    for name in dict.fromkeys(row["check_name"] for row in poor):
+        check = DEFINITIONS[name]
         console.print(
-            f"{check}: {DEFINITIONS[check].definition}. To do: {DEFINITIONS[check].what_to_do}.", highlight=False
+            f"{name}: {check.definition}. Look above {check.look_above:g}, problem above {check.problem_above:g}. "
+            f"Why: {check.why}. To do: {check.what_to_do}.",
+            highlight=False,
         )

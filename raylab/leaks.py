@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raylab.noise import derive_seed
-from raylab.overlaps import Words, take_rows
+from raylab.overlaps import Words
 
 Ints = NDArray[np.int64]
 Mask = NDArray[np.bool_]
@@ -164,9 +164,3 @@ def read_single_words(words: Words, labels: NDArray[Any], train: Mask) -> Iterat
             value = 0.0 if always == 1 else max(float((found - always) / (1 - always)), 0.0)
             right = rows[answer & (classes == one)]
             yield Leak(one if code is None else code, value, right, int((classes == one).sum()), evidence)
-
-
-def pick(words: Words, labels: NDArray[Any], train: Mask) -> tuple[Ints, Words, NDArray[Any], Mask]:
-    """The rows that the checks look at, and what they need of them."""
-    rows = draw_rows(train)
-    return rows, take_rows(words, rows), labels[rows], train[rows]

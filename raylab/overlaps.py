@@ -86,8 +86,12 @@ def take_rows(words: Words, rows: Ints) -> Words:
     """Some rows, in the order given."""
     lengths = words.lengths[rows]
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    places = np.repeat(words.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
-    return Words(words.codes[places], offsets, words.num_distinct)
+    codes = np.zeros(offsets[-1], np.int32)
+    for start, end in _cut_blocks(offsets):
+        some, first = slice(start, end), offsets[start]
+        moves = np.repeat(words.offsets[rows[some]] - offsets[some], lengths[some])
+        codes[first : offsets[end]] = words.codes[moves + np.arange(first, offsets[end])]
+    return Words(codes, offsets, words.num_distinct)
 
 
 def _mix(values: Hashes) -> Hashes:
@@ -247,9 +251,9 @@ def find_shared(words: Words, groups: Ints, more_than: int) -> Shared:
     """Runs of RUN_WORDS words that stand in more than `more_than` groups.
 
     groups: int64 [rows], from 0. The runs are counted in as many passes as their number needs, so that memory does
-    not grow with it: a pass sorts about BLOCK_WORDS hashes.
+    not grow with it: a pass sorts about 3 x BLOCK_WORDS hashes.
     """
-    passes = max(1, int(np.ceil(words.offsets[-1] / BLOCK_WORDS)))
+    passes = max(1, int(np.ceil(words.offsets[-1] / (3 * BLOCK_WORDS))))
     shared = [np.zeros(0, np.uint64)]
     for turn in range(passes):
         hashes, of_group = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
@@ -260,14 +264,17 @@ def find_shared(words: Words, groups: Ints, more_than: int) -> Shared:
             of_group.append(groups[of_row[mine]])
         shared.append(_find_frequent(np.concatenate(hashes), np.concatenate(of_group), more_than))
     runs = np.sort(np.concatenate(shared))
-    covered = np.zeros(len(words.codes) + 1, dtype=np.int64)
+    inside = np.zeros(len(words.offsets) - 1, dtype=np.int64)
     for rows in itertools.starmap(np.arange, _cut_blocks(words.offsets)):
         found, _, starts = _hash_runs(words, rows, RUN_WORDS)
-        starts = starts[np.isin(found, runs)]
-        covered[starts] += 1
-        covered[starts + RUN_WORDS] -= 1
-    inside = np.concatenate([[0], np.cumsum(np.cumsum(covered[:-1]) > 0)])
-    return Shared(len(runs), np.diff(inside[words.offsets]))
+        first = words.offsets[rows[0]]
+        starts = starts[np.isin(found, runs)] - first
+        edges = np.zeros(words.offsets[rows[-1] + 1] - first + 1, dtype=np.int32)
+        edges[starts] += 1
+        edges[starts + RUN_WORDS] -= 1
+        so_far = np.concatenate([[0], np.cumsum(np.cumsum(edges[:-1]) > 0)])
+        inside[rows] = np.diff(so_far[words.offsets[rows[0] : rows[-1] + 2] - first])
+    return Shared(len(runs), inside)
 
 
 def _find_frequent(hashes: Hashes, groups: Ints, more_than: int) -> Hashes:

@@ -8,14 +8,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from rich.console import Console
 
 from raylab.checks import DEFINITIONS, MAX_IDS
 from raylab.cli import main
 from raylab.hygiene import CORPUS, check_corpus, keep_hygiene
 from raylab.jobs import dump_yaml
 from raylab.preparation import make_spec, prepare
-from raylab.results import query
+from raylab.progress import SweepProgress
+from raylab.results import query, summarise_jobs
 from raylab.stages import FOLDER
+from raylab.sweep import run_job
 from raylab.tables import read_rows, table_path
 from raylab.tokens import open_tokens
 
@@ -232,6 +235,24 @@ def test_the_table_is_written_once_and_mended(check, tmp_path):
     assert len(read_rows(tmp_path, job.name, "hygiene", CORPUS)) == len(rows) - 1
     asked = "select check_name, evidence->>'effective_groups' as groups from hygiene where check_name = 'groups'"
     assert {row["check_name"] for row in query(tmp_path, asked).to_pylist()} == {"groups"}
+
+
+def test_a_run_writes_the_table_and_mends_it(check, tmp_path):
+    """Beside the trials, and no trial of its own for `status`, ranking or resuming."""
+    _, rows, job = check(changes={"pretrain.rungs": 1, "pretrain.num_tokens": 2000})
+
+    def run():
+        return run_job(job, tmp_path / "run", SweepProgress(Console(quiet=True)), here=True).states
+
+    assert run() == {"complete": 1}
+    written = read_rows(tmp_path / "run", job.name, "hygiene", CORPUS)
+    assert [row["value"] for row in written] == [row["value"] for row in rows]
+    assert [json.loads(row["row_ids"]) for row in written] == [row["row_ids"] for row in rows]
+    assert [row["arms"] for row in summarise_jobs(tmp_path / "run")] == [1]
+    path = table_path(tmp_path / "run", job.name, "hygiene", CORPUS)
+    path.write_bytes(path.read_bytes()[:-20])
+    assert run() == {}  # nothing is left to run
+    assert read_rows(tmp_path / "run", job.name, "hygiene", CORPUS) == written
 
 
 def test_limits_make_the_verdict(check):
