@@ -34,7 +34,7 @@ class SplitCorpus(NamedTuple):
 
     `open` holds the training and validation rows, `sealed` the test rows; columns: text, group (int64 code), part
     (int8: 0 train, 1 validation, 2 test), label (int64, tasks) and one int64 column for each metadata field (-1: none).
-    `open_ids` and `sealed_ids` hold the tables' own ids of these rows.
+    `open_places` and `sealed_places` say which rows of the tables as read these are.
     """
 
     open: dict[str, pa.Table]
@@ -45,8 +45,8 @@ class SplitCorpus(NamedTuple):
     digests: dict[str, str]
     stored_digest: str
     supervised_by: dict[str, str]
-    open_ids: dict[str, pa.ChunkedArray]
-    sealed_ids: dict[str, pa.ChunkedArray]
+    open_places: dict[str, NDArray[np.int64]]
+    sealed_places: dict[str, NDArray[np.int64]]
 
 
 def metadata_fields(job: Job) -> list[str]:
@@ -131,7 +131,7 @@ def split_corpus(read: ReadCorpus, corpus: Corpus, fields: Collection[str], seed
     split_seed = derive_seed(corpus.split.seed, seed) if corpus.split.vary else corpus.split.seed
     coded: dict[str, pa.Table] = {}
     counts = {name: dict(table_counts) for name, table_counts in read.counts.items()}
-    ids: dict[str, pa.ChunkedArray] = {}
+    kept: dict[str, NDArray[np.int64]] = {}
     classes: dict[str, list[str]] = {}
     categories: dict[str, list[str]] = {}
     places = {name: "corpus.documents" if name == DOCUMENTS else f"corpus.tasks.{name}" for name in read.tables}
@@ -162,7 +162,7 @@ def split_corpus(read: ReadCorpus, corpus: Corpus, fields: Collection[str], seed
                     "more training rows; a task needs two: check the column, lower min_class_size or drop the task"
                 )
         coded[name] = pa.table(columns).filter(pa.array(keep))
-        ids[name] = table["id"].filter(pa.array(keep))
+        kept[name] = np.flatnonzero(keep)
         for code, part_name in enumerate(PARTS):
             counts[name][part_name] = int((part[keep] == code).sum())
             if counts[name][part_name] == 0 and code != TEST:
@@ -176,8 +176,8 @@ def split_corpus(read: ReadCorpus, corpus: Corpus, fields: Collection[str], seed
         raise JobError(problems)
     opened = {name: table.filter(pc.less(table["part"], TEST)) for name, table in coded.items()}
     sealed = {name: table.filter(pc.equal(table["part"], TEST)) for name, table in coded.items()}
-    open_ids = {name: ids[name].filter(pc.less(table["part"], TEST)) for name, table in coded.items()}
-    sealed_ids = {name: ids[name].filter(pc.equal(table["part"], TEST)) for name, table in coded.items()}
+    open_places = {name: kept[name][table["part"].to_numpy() < TEST] for name, table in coded.items()}
+    sealed_places = {name: kept[name][table["part"].to_numpy() == TEST] for name, table in coded.items()}
     names = {**classes, **{f"metadata:{field}": values for field, values in categories.items()}}
     stored = _digest_tables(opened, fields, names)
     digests = stored
@@ -188,7 +188,7 @@ def split_corpus(read: ReadCorpus, corpus: Corpus, fields: Collection[str], seed
         digests = _digest_tables(read.tables, fields, rules)
     supervised_by = _find_supervision(opened, corpus, fields)
     return SplitCorpus(
-        opened, sealed, classes, categories, counts, digests, digest(stored), supervised_by, open_ids, sealed_ids
+        opened, sealed, classes, categories, counts, digests, digest(stored), supervised_by, open_places, sealed_places
     )
 
 

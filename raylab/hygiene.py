@@ -55,7 +55,8 @@ def _list_parts(
     """The checks of a table in parts that are kept by themselves: what decides the result, and what finds the rows."""
     opened, sealed, job = split.open[name], split.sealed[name], preparation.job
     texts = text_digest(preparation, split, name)
-    ids = split.open_ids[name]
+    every = preparation.read.tables[name]["id"]
+    ids, sealed_ids = every.take(split.open_places[name]), every.take(split.sealed_places[name])
     own = {"texts": texts, "ids": digest_column(ids), "part": digest_column(opened["part"])}
     classes = list(_list_classes(split, name, columns))
     named = digest([[title, digest_column(pa.chunked_array([pa.array(here)]))] for title, here in classes])
@@ -63,11 +64,11 @@ def _list_parts(
     labelled = None if labels is None else digest_column(pa.chunked_array([pa.array(labels.ravel())]))
     both = {
         "group": digest_column(opened["group"]),
-        "test": [digest_column(sealed["text"]), digest_column(split.sealed_ids[name])],
+        "test": [digest_column(sealed["text"]), digest_column(sealed_ids)],
     }
     yield (
         {"checks": "texts", **own, **both},
-        lambda: check_texts(opened, sealed, ids.to_pylist(), split.sealed_ids[name].to_pylist()),
+        lambda: check_texts(opened, sealed, ids.to_pylist(), sealed_ids.to_pylist()),
     )
     yield (
         {"checks": "labels", **own, "group": both["group"], "classes": named, "labels": labelled},
