@@ -34,7 +34,6 @@ class SplitCorpus(NamedTuple):
 
     `open` holds the training and validation rows, `sealed` the test rows; columns: text, group (int64 code), part
     (int8: 0 train, 1 validation, 2 test), label (int64, tasks) and one int64 column for each metadata field (-1: none).
-    `open_places` and `sealed_places` say which rows of the tables as read these are.
     """
 
     open: dict[str, pa.Table]
@@ -45,6 +44,7 @@ class SplitCorpus(NamedTuple):
     digests: dict[str, str]
     stored_digest: str
     supervised_by: dict[str, str]
+    # Which rows of the tables as read these are.
     open_places: dict[str, NDArray[np.int64]]
     sealed_places: dict[str, NDArray[np.int64]]
 

@@ -87,10 +87,10 @@ def _predict(counts: Any, labels: Ints, train: Mask) -> Ints:
     return found
 
 
-def _score(labels: Ints, predicted: Ints, num_classes: int) -> float:
-    from raylab.scores import compute_scores  # scikit-learn takes long to import, and `plan` may find all in stages
+def _score(labels: Ints, predicted: Ints) -> float:
+    from raylab.scores import compute_f1_macro  # scikit-learn takes long to import, and `plan` may find all in stages
 
-    return compute_scores(labels, np.eye(num_classes)[predicted])["f1_macro"]
+    return compute_f1_macro(labels, predicted)
 
 
 def read_openings(words: Words, labels: NDArray[Any], train: Mask) -> Iterator[Leak]:
@@ -109,11 +109,10 @@ def read_openings(words: Words, labels: NDArray[Any], train: Mask) -> Iterator[L
         truth = classes[~learn]
         if len(np.unique(classes[learn])) < 2 or not len(truth):
             continue
-        num_classes = int(classes.max()) + 1
         predicted = _predict(opening[rows], classes, learn)
-        majority = _score(truth, np.full(len(truth), np.bincount(classes[learn]).argmax()), num_classes)
-        first = _score(truth, predicted, num_classes)
-        full = _score(truth, _predict(whole[rows], classes, learn), num_classes)
+        majority = _score(truth, np.full(len(truth), np.bincount(classes[learn]).argmax()))
+        first = _score(truth, predicted)
+        full = _score(truth, _predict(whole[rows], classes, learn))
         evidence = {
             "f1_macro_opening": first,
             "f1_macro_whole": full,
