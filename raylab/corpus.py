@@ -44,6 +44,9 @@ class SplitCorpus(NamedTuple):
     digests: dict[str, str]
     stored_digest: str
     supervised_by: dict[str, str]
+    # Which rows of the tables as read these are.
+    open_places: dict[str, NDArray[np.int64]]
+    sealed_places: dict[str, NDArray[np.int64]]
 
 
 def metadata_fields(job: Job) -> list[str]:
@@ -128,6 +131,7 @@ def split_corpus(read: ReadCorpus, corpus: Corpus, fields: Collection[str], seed
     split_seed = derive_seed(corpus.split.seed, seed) if corpus.split.vary else corpus.split.seed
     coded: dict[str, pa.Table] = {}
     counts = {name: dict(table_counts) for name, table_counts in read.counts.items()}
+    kept: dict[str, NDArray[np.int64]] = {}
     classes: dict[str, list[str]] = {}
     categories: dict[str, list[str]] = {}
     places = {name: "corpus.documents" if name == DOCUMENTS else f"corpus.tasks.{name}" for name in read.tables}
@@ -158,6 +162,7 @@ def split_corpus(read: ReadCorpus, corpus: Corpus, fields: Collection[str], seed
                     "more training rows; a task needs two: check the column, lower min_class_size or drop the task"
                 )
         coded[name] = pa.table(columns).filter(pa.array(keep))
+        kept[name] = np.flatnonzero(keep)
         for code, part_name in enumerate(PARTS):
             counts[name][part_name] = int((part[keep] == code).sum())
             if counts[name][part_name] == 0 and code != TEST:
@@ -171,6 +176,8 @@ def split_corpus(read: ReadCorpus, corpus: Corpus, fields: Collection[str], seed
         raise JobError(problems)
     opened = {name: table.filter(pc.less(table["part"], TEST)) for name, table in coded.items()}
     sealed = {name: table.filter(pc.equal(table["part"], TEST)) for name, table in coded.items()}
+    open_places = {name: kept[name][table["part"].to_numpy() < TEST] for name, table in coded.items()}
+    sealed_places = {name: kept[name][table["part"].to_numpy() == TEST] for name, table in coded.items()}
     names = {**classes, **{f"metadata:{field}": values for field, values in categories.items()}}
     stored = _digest_tables(opened, fields, names)
     digests = stored
@@ -180,7 +187,9 @@ def split_corpus(read: ReadCorpus, corpus: Corpus, fields: Collection[str], seed
         rules[DOCUMENTS] = corpus.split.model_dump(mode="json")
         digests = _digest_tables(read.tables, fields, rules)
     supervised_by = _find_supervision(opened, corpus, fields)
-    return SplitCorpus(opened, sealed, classes, categories, counts, digests, digest(stored), supervised_by)
+    return SplitCorpus(
+        opened, sealed, classes, categories, counts, digests, digest(stored), supervised_by, open_places, sealed_places
+    )
 
 
 def _code(column: pa.ChunkedArray, part: NDArray[np.int8], smallest: int) -> tuple[NDArray[np.int64], list[str]]:

@@ -14,6 +14,7 @@ from raylab.batches import describe_spans
 from raylab.corpus import DOCUMENTS, TRAIN, metadata_fields
 from raylab.designs import count_trials, list_levels, list_points
 from raylab.explanations import explain
+from raylab.hygiene import check_corpus, print_hygiene
 from raylab.identity import digest
 from raylab.mistakes import JobError
 from raylab.preparation import Preparation, make_spec, name_point, prepare
@@ -38,6 +39,7 @@ def plan_job(job: Job, results: Path) -> dict[str, Any]:
     found |= _plan_arms(preparation)
     found["corpus"] = _describe_tables(preparation, base)
     found["spans"] = _describe_spans(preparation, base)
+    found["hygiene"] = check_corpus(preparation, base)
     return found
 
 
@@ -295,6 +297,7 @@ def print_plan(found: Mapping[str, Any], console: Console) -> None:
             ", ".join(f"{v} {k}" for k, v in skipped.items()),
         )  # fmt: skip
     console.print(grid)
+    print_hygiene(found["hygiene"], console)
     if found["spans"]:
         grid = Grid(title="DeCLUTR: training documents kept, by span setting")
         for column in ("settings", "class", "kept", "share", "shrunk", "median longest span", ""):

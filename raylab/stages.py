@@ -23,6 +23,7 @@ VERSIONS = {
     "corpus": 2,
     "tokenizer": 1,
     "tokens": 1,
+    "hygiene": 1,
     "pretrain": 2,
     "heldout": 1,
     "embed": 1,

@@ -14,6 +14,7 @@ from raylab.blocks import PARTS
 from raylab.checkpoints import note_disk, prune_checkpoints
 from raylab.corpus import SplitCorpus
 from raylab.driver import claim_job, read_stop, request_stop
+from raylab.hygiene import check_corpus, keep_hygiene
 from raylab.identity import name_trial
 from raylab.jobs import dump_yaml
 from raylab.judge import decide
@@ -99,6 +100,8 @@ def _run_job(
         for index, seed in enumerate(seeds):
             score_baselines(results, job, splits[seed], seed, memory=memory)
             progress.tell("baselines", index + 1, len(seeds))
+        base = make_spec(preparation, {}, seeds[0], "fixed")
+        keep_hygiene(results, job.name, check_corpus(preparation, base))
         search = Search(
             job,
             results,

@@ -64,6 +64,13 @@ SCHEMAS: dict[str, pa.Schema] = {
             "wall_seconds": _float, "gpu_seconds": _float, "saved_seconds": _float,
         }
     ),
+    "hygiene": pa.schema(
+        {
+            "job": _text, "trial_id": _text, "table_name": _text, "check_name": _text, "split": _text, "class": _text,
+            "num_rows": _int, "num_checked": _int, "share": _float, "value": _float, "look_above": _float,
+            "problem_above": _float, "verdict": _text, "evidence": _text, "row_ids": _text,
+        }
+    ),
     "unseals": pa.schema({"job": _text, "trial_id": _text, "at": _time, "by": _text, "reason": _text}),
 }  # fmt: skip
 

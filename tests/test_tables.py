@@ -65,6 +65,12 @@ EXPECTED = {
         "job": "string", "stage_id": "string", "kind": "string", "trial_id": "string", "reused": "bool",
         "wall_seconds": "double", "gpu_seconds": "double", "saved_seconds": "double",
     },
+    "hygiene": {
+        "job": "string", "trial_id": "string", "table_name": "string", "check_name": "string", "split": "string",
+        "class": "string", "num_rows": "int64", "num_checked": "int64", "share": "double", "value": "double",
+        "look_above": "double", "problem_above": "double", "verdict": "string", "evidence": "string",
+        "row_ids": "string",
+    },
     "unseals": {"job": "string", "trial_id": "string", "at": str(TIME), "by": "string", "reason": "string"},
 }  # fmt: skip
 
