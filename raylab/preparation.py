@@ -1,5 +1,6 @@
 """From a job to trials that can run: the corpus is read, split, tokenised and kept; arms and trials get their names."""
 
+import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,8 +45,24 @@ class Preparation:
         """The corpus under a trial's seed; one for all seeds unless split.vary is true."""
         key = seed if self.job.corpus.split.vary else 0
         if key not in self.splits:
-            self.splits[key] = split_corpus(self.read, self.job.corpus, metadata_fields(self.job), key)
+            split = split_corpus(self.read, self.job.corpus, metadata_fields(self.job), key)
+            if problems := check_target_classes(self.job, split.classes):
+                raise JobError(problems)
+            self.splits[key] = split
         return self.splits[key]
+
+
+def check_target_classes(job: Job, classes: Mapping[str, list[str]]) -> list[str]:
+    """A line for each of the search's targets whose class is none of its task's."""
+    problems = []
+    for index, target in enumerate(job.search.targets):
+        name = target.class_name
+        if name is None or name in classes[target.task]:
+            continue
+        near = difflib.get_close_matches(name, classes[target.task], n=1)
+        fix = f"did you mean '{near[0]}'?" if near else f"it has {len(classes[target.task])} others"
+        problems.append(f"search.targets.{index}.class: '{name}' is no class of {target.task}; {fix}")
+    return problems
 
 
 def prepare(job: Job, results: Path, tell: Tell = lambda what, done, total: None) -> Preparation:
