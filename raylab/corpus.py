@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from raylab.blocks import PARTS, Corpus, Task
 from raylab.identity import digest
-from raylab.labels import check_classes, code_labels, code_values, join_labels, pack_labels, to_array
+from raylab.labels import check_classes, code_labels, code_values, is_labelled, join_labels, pack_labels, to_array
 from raylab.mistakes import JobError
 from raylab.noise import derive_seed
 from raylab.sources import read_labels, read_source
@@ -164,7 +164,7 @@ def split_corpus(read: ReadCorpus, corpus: Corpus, fields: Collection[str], seed
             codes = coded_labels.codes
             if problem and codes.ndim == 2:
                 continue
-            keep = codes >= 0 if codes.ndim == 1 else (codes >= 0).any(axis=1)
+            keep = is_labelled(codes)
             columns["label"] = codes if codes.ndim == 1 else pack_labels(codes)
             unlabelled = coded_labels.unlabelled
             counts[name] |= {"unlabelled": unlabelled, "rare_or_unseen_class": int((~keep).sum()) - unlabelled}

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from raylab.labels import is_labelled
+
 IntArray = npt.NDArray[np.int64]
 
 
@@ -32,7 +34,7 @@ def draw_shots(
     if labels.ndim not in (1, 2) or labels.shape[:1] != groups.shape:
         raise ValueError(f"labels {labels.shape} and groups {groups.shape} must be of one length")
     if shots is None:
-        return np.flatnonzero((labels >= 0).reshape(len(labels), -1).any(axis=1)).astype(np.int64)
+        return np.flatnonzero(is_labelled(labels)).astype(np.int64)
     if shots < 1:
         raise ValueError(f"shots is {shots}: give 1 or more, or None for every labelled row")
 

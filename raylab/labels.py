@@ -113,6 +113,11 @@ def check_classes(task: Task, coded: Coded) -> str | None:
     return None
 
 
+def is_labelled(codes: NDArray[Any]) -> Bools:
+    """Which rows have a label, or, of codes [n, L], one that is known: bool [n]."""
+    return np.asarray(codes >= 0 if codes.ndim == 1 else (codes >= 0).any(axis=1))
+
+
 def pack_labels(codes: NDArray[np.int8]) -> pa.FixedSizeListArray:
     """Labels [n, L] as a column."""
     return pa.FixedSizeListArray.from_arrays(pa.array(codes.ravel()), codes.shape[1])

@@ -79,8 +79,9 @@ def fit_logistic(
             known = train_y[:, label] >= 0
             if known.any():
                 y = train_y[known, label].astype(np.int64)
-                options = {"num_classes": 2, "seed": seed, "selection": selection, "groups": groups[known]}
-                probabilities[:, label] = fit_logistic(train_x[known], y, eval_x, **options)[:, 1]
+                probabilities[:, label] = fit_logistic(
+                    train_x[known], y, eval_x, num_classes=2, seed=seed, selection=selection, groups=groups[known]
+                )[:, 1]
         return probabilities
     model = LogisticRegression(C=LOGISTIC_C, solver="lbfgs", max_iter=LOGISTIC_MAX_ITER)
     return _fit(model, "C", LOGISTIC_C_CANDIDATES, train_x, train_y, eval_x, num_classes, seed, selection, groups)

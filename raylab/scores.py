@@ -132,7 +132,7 @@ def list_confusions(labels: Labels, probabilities: npt.NDArray[Any], classes: Se
     found: Iterator[tuple[str | None, str | None, int]]
     if labels.ndim == 1:
         counts = np.bincount(labels * len(classes) + predicted)
-        pairs = np.flatnonzero(counts)
+        pairs = np.flatnonzero(counts).tolist()
         found = ((classes[p // len(classes)], classes[p % len(classes)], int(counts[p])) for p in pairs)
     else:
         right, called, present, _ = _count(labels, predicted, len(classes))

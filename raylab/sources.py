@@ -461,7 +461,7 @@ def _pack_lists(column: pa.ChunkedArray, separator: str | None) -> pa.Array:
         if _is_list(column.type):
             names = _to_strings(pa.chunked_array([pc.list_flatten(lists)])).to_pylist()
             for row, name in zip(pc.list_parent_indices(lists).to_pylist(), names, strict=True):
-                rows[row].add(name)  # type: ignore[union-attr]  # a null list has no items
+                rows[row].add(name)  # a null list has no items
     else:
         raise _SourceError(f"is of type {_show_type(column.type)} and holds no lists: give 'separator' to cut strings")
     return pa.array([None if row is None else json.dumps(sorted(row - {"", None})) for row in rows], pa.large_string())

@@ -11,7 +11,7 @@ from raylab.baselines import BASELINES, TFIDF_C, TFIDF_FEATURES, score_baselines
 from raylab.corpus import TRAIN, VALIDATION
 from raylab.draws import draw_shots
 from raylab.preparation import prepare
-from raylab.scores import compute_scores
+from raylab.scores import list_scores
 from raylab.tables import list_trials, read_rows
 
 SHOTS = {"evaluate.shots": [2, 4, "full"], "evaluate.tasks": ["severity", "condition"]}
@@ -53,12 +53,15 @@ def test_equal_to_scikit_learn_on_the_same_draws(scored, name):
             for draw in range(num_draws):
                 drawn = draw_shots(labels[train], groups[train], shots, seed=3, task=task, draw=draw)
                 found = predict(name, train_texts, labels[train], drawn, eval_texts, num_classes)
-                for metric, value in compute_scores(labels[held_out], found).items():
-                    expected[task, shots, draw, metric] = (value, len(drawn), len(eval_texts))
+                for row in list_scores(labels[held_out], found, split.classes[task]):
+                    cell = (task, shots, draw, row["metric"], row["class"])
+                    expected[cell] = (row["value"], len(drawn), len(eval_texts))
     values = {
-        (row["task"], row["shots"], row["draw"], row["metric"]): (row["value"], row["num_train"], row["num_eval"])
+        (row["task"], row["shots"], row["draw"], row["metric"], row["class"]): (
+            row["value"], row["num_train"], row["num_eval"],
+        )
         for row in rows[name]
-    }
+    }  # fmt: skip
     assert values.keys() == expected.keys()
     assert len(rows[name]) == len(expected)
     for key, value in expected.items():
@@ -159,7 +162,7 @@ def test_what_is_written_is_left_alone_and_other_draws_are_written(scored, make_
     job, split, _ = scored
     files = sorted(tmp_path.glob(f"{job.name}/*/baseline*.parquet"))
     before = [path.stat().st_ino for path in files]
-    assert len(files) == 2 * len(BASELINES)
+    assert len(files) == 3 * len(BASELINES)
     score_baselines(tmp_path, job, split, 3)
     assert [path.stat().st_ino for path in files] == before
     score_baselines(tmp_path, make_job("mlm", SHOTS | {"evaluate.draws": 3}), split, 3)

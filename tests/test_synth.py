@@ -65,7 +65,7 @@ def test_summary_counts_what_was_written(tmp_path: Path) -> None:
     assert described["summary"] == summary
     assert described["arguments"] == {"num_notes": 500, "seed": 3, "label_noise": 0.05, "max_words": 3000}
     assert not any(text[:60] in json.dumps(described) for text in notes["text"])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.parquet", "synth.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gold.parquet", "notes.parquet", "synth.json"]
 
 
 def test_same_arguments_same_notes_other_seed_other_notes(tmp_path: Path) -> None:
