@@ -169,11 +169,12 @@ def write_notes(
 ) -> dict[str, Any]:
     """Write `notes.parquet`, `gold.parquet` and `synth.json` into `directory`; return the counts.
 
-    A row of the notes is a note: COLUMNS, all strings. A row of the gold labels is a note of three in four patients:
-    `note_id` and `problems`, the list of the three problems that its patient has (of 18, without noise). `patient` is the group to split by. `category` shows in the
+    A row of the notes is a note: COLUMNS, all strings. `patient` is the group to split by. `category` shows in the
     text, `service` depends on the condition, `ward` on nothing. `label_noise` is the share of labels, in each task by
     itself, that are replaced by another class of the task, uniformly; it changes neither the text nor the metadata. A
     note has MIN_WORDS to `max_words` words, split at blanks. The first notes are the same for any `num_notes`.
+    A row of the gold labels is a note of three in four patients: `note_id` and `problems`, the list of the three
+    problems, of 18, that its patient has; they have no noise.
     Memory does not grow with `num_notes`: rows leave in groups of ROW_GROUP. Each file is replaced whole, or left as
     it was.
 

@@ -1,5 +1,4 @@
 import itertools
-import math
 import shutil
 from pathlib import Path
 
@@ -98,6 +97,14 @@ def test_scores_are_complete(full):
         assert row["num_eval"] == (part == VALIDATION).sum()
         assert row["num_train"] == (part == TRAIN).sum() if row["shots"] is None else row["num_train"] <= 2 * 6
         assert row["value"] is None or 0 <= row["value"] <= 1
+    key = ("rung", "task", "shots", "frozen_layers", "probe", "draw")
+    confusions = read_rows(folder, spec.job, "confusions", spec.trial_id)
+    for row in rows:
+        if row["metric"] == "accuracy":
+            cell = [r for r in confusions if all(r[k] == row[k] for k in key)]
+            assert sum(r["count"] for r in cell) == row["num_eval"]
+            right = sum(r["count"] for r in cell if r["class"] == r["predicted"])
+            assert right / row["num_eval"] == pytest.approx(row["value"])
     geometry = read_rows(folder, spec.job, "geometry", spec.trial_id)
     assert {(r["rung"], r["task"]) for r in geometry} == set(itertools.product((1, 2), ("condition", "severity")))
 
