@@ -162,8 +162,8 @@ def split_corpus(read: ReadCorpus, corpus: Corpus, fields: Collection[str], seed
             if problem := check_classes(task, coded_labels):
                 problems.append(f"{where}{'.labels' if task.labels else ''}.label: {problem}")
             codes = coded_labels.codes
-            if problem and codes.ndim == 2:
-                continue
+            if problem and (codes.ndim == 2 or len(classes[name]) > 2):
+                continue  # nothing to count rows by
             keep = is_labelled(codes)
             columns["label"] = codes if codes.ndim == 1 else pack_labels(codes)
             unlabelled = coded_labels.unlabelled
