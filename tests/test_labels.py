@@ -474,7 +474,7 @@ def ran(tmp_path_factory):
         "pretrain.num_tokens": 6000, "pretrain.rungs": 2, "pretrain.batch_tokens": 1024, "search.seeds": [0],
         "evaluate.draws": 2, "encoder.tokenizer.vocab_size": 400, "evaluate.shots": [2, "full"],
         "evaluate.retrieval": {"span": 16, "candidates": 8}, "corpus.max_length": 64,
-        "search.space.pretrain.objective": {"choices": ["mlm", "none"]},
+        "search.space.pretrain.objective": {"choices": ["mlm", "none"]}, "pretrain.metadata": None,
         "search.targets": [
             {"task": "problems", "shots": 2, "metric": "average_precision"},
         ],

@@ -50,8 +50,13 @@ EXPECTED = {
     },
     "scores": {
         "job": "string", "trial_id": "string", "rung": "int64", "task": "string", "split": "string", "shots": "int64",
-        "frozen_layers": "string", "probe": "string", "draw": "int64", "metric": "string", "value": "double",
-        "num_train": "int64", "num_eval": "int64",
+        "frozen_layers": "string", "probe": "string", "draw": "int64", "metric": "string", "class": "string",
+        "value": "double", "num_train": "int64", "num_eval": "int64",
+    },
+    "confusions": {
+        "job": "string", "trial_id": "string", "rung": "int64", "task": "string", "split": "string", "shots": "int64",
+        "frozen_layers": "string", "probe": "string", "draw": "int64", "class": "string", "predicted": "string",
+        "count": "int64",
     },
     "geometry": {
         "job": "string", "trial_id": "string", "rung": "int64", "task": "string", "split": "string",
