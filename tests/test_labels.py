@@ -1,6 +1,7 @@
 """Tasks of every form: columns of 0 and 1, lists, separated strings, tables of their own; refusals; a whole job."""
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,12 @@ from raylab.mistakes import JobError
 from raylab.plan import plan_job
 from raylab.preparation import name_point, prepare
 from raylab.progress import SweepProgress
+from raylab.repair import repair_job
 from raylab.results import open_tables, read_cell
 from raylab.settings import dump_job, list_settings, resolve_target
 from raylab.sweep import run_job
 from raylab.synth import write_notes
-from raylab.tables import list_trials
+from raylab.tables import list_trials, read_rows, table_path, write_rows
 from raylab.unseal import unseal_job
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -567,3 +569,18 @@ def test_settings_of_labels_are_in_the_tables(ran):
     )
     assert json.loads(row[0])["problems"]["labels"]["label"] == "problems"
     assert list_settings(job)["corpus.tasks"]["problems"]["multi_label"] is True
+
+
+def test_confusions_that_are_gone_are_made_again(ran, tmp_path):
+    """Of a trial of an older raylab, which wrote none, they are not missed."""
+    job, results = ran
+    shutil.copytree(results / job.name, tmp_path / job.name)
+    rows = [row for row in list_trials(tmp_path, job.name) if not row["arm"].startswith("baseline:")]
+    trial_id = rows[0]["trial_id"]
+    assert repair_job(tmp_path, job.name) == []
+    table_path(tmp_path, job.name, "confusions", trial_id).unlink()
+    scores = read_rows(tmp_path, job.name, "scores", trial_id)
+    write_rows(tmp_path, job.name, "scores", trial_id, [row for row in scores if row["class"] is None])
+    assert repair_job(tmp_path, job.name) == []
+    write_rows(tmp_path, job.name, "scores", trial_id, scores)
+    assert repair_job(tmp_path, job.name) == [f"trial {trial_id}: rows of confusions are gone; it is measured again"]
