@@ -318,6 +318,8 @@ def _check_references(job: Job) -> list[str]:
         elif target.metric.endswith("_class") != (target.class_name is not None):
             fix = "is of one class: name it" if target.class_name is None else "is of all classes: leave it out"
             problems.append(f"{where}.class: '{target.metric}' {fix}")
+        if target.metric == "calibration_error" and target.mode == "max":
+            problems.append(f"{where}.mode: lower is better for calibration_error; set it to min")
         if target.parameter is not None:
             problems.append(f"{where}.parameter: belongs to geometry; leave it out")
         for name, value in (("shots", target.shots), ("frozen_layers", target.frozen_layers), ("probes", target.probe)):

@@ -19,6 +19,7 @@ from raylab.corpus import (
 )
 from raylab.identity import digest, digest_folder, name_arm, name_trial
 from raylab.mistakes import JobError
+from raylab.scores import MAX_CLASSES
 from raylab.settings import list_settings, with_settings
 from raylab.specs import Job, TrialSpec
 from raylab.stages import Stage, build_stage, name_stage, open_stage, peek_stage, read_info
@@ -56,12 +57,17 @@ def check_target_classes(job: Job, classes: Mapping[str, list[str]]) -> list[str
     """A line for each of the search's targets whose class is none of its task's."""
     problems = []
     for index, target in enumerate(job.search.targets):
-        name = target.class_name
-        if name is None or name in classes[target.task]:
+        name, where = target.class_name, f"search.targets.{index}.class"
+        if name is None:
             continue
-        near = difflib.get_close_matches(name, classes[target.task], n=1)
-        fix = f"did you mean '{near[0]}'?" if near else f"it has {len(classes[target.task])} others"
-        problems.append(f"search.targets.{index}.class: '{name}' is no class of {target.task}; {fix}")
+        names = classes[target.task]
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            fix = f"did you mean '{near[0]}'?" if near else f"it has {len(names)} others"
+            problems.append(f"{where}: '{name}' is no class of {target.task}; {fix}")
+        elif len(names) > MAX_CLASSES:
+            rule = f"{target.task} has {len(names)} classes, and only up to {MAX_CLASSES} are scored one by one"
+            problems.append(f"{where}: {rule}; name a metric over all classes")
     return problems
 
 

@@ -4,8 +4,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from scipy import sparse
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
+from sklearn.multiclass import OneVsRestClassifier
 
 from raylab.baselines import BASELINES, TFIDF_C, TFIDF_FEATURES, score_baselines
 from raylab.corpus import TRAIN, VALIDATION
@@ -172,3 +174,24 @@ def test_what_is_written_is_left_alone_and_other_draws_are_written(scored, make_
     trials.unlink()
     score_baselines(tmp_path, make_job("mlm", SHOTS | {"evaluate.draws": 3}), split, 3)
     assert trials.is_file()
+
+
+def test_each_label_has_a_classifier_of_its_own():
+    """Against scikit-learn's one-vs-rest; a label that is not known in some rows is fitted on the others."""
+    rng = np.random.default_rng(0)
+    features = sparse.csr_matrix(rng.random((60, 8)))
+    labels = (rng.random((40, 3)) < 0.4).astype(np.int8)
+    train, evaluated = features[:40], features[40:]
+    expected = OneVsRestClassifier(LogisticRegression(C=TFIDF_C, max_iter=200)).fit(train, labels)
+    found = BASELINES["tfidf"](train, labels, evaluated, 3)
+    np.testing.assert_allclose(found, expected.predict_proba(evaluated), atol=1e-9)
+    np.testing.assert_allclose(BASELINES["majority"](train, labels, evaluated, 3), [labels.mean(axis=0)] * 20)
+
+    partly = labels.copy()
+    partly[:10, 0], partly[:, 2] = -1, -1
+    again = BASELINES["tfidf"](train, partly, evaluated, 3)
+    np.testing.assert_allclose(again[:, 0], BASELINES["tfidf"](train[10:], labels[10:], evaluated, 3)[:, 0], atol=1e-9)
+    np.testing.assert_allclose(again[:, 1], found[:, 1], atol=1e-9)
+    assert (again[:, 2] == 0).all()
+    assert (BASELINES["tfidf"](train, np.ones((40, 1), dtype=np.int8), evaluated, 1) == 1).all()
+    assert BASELINES["majority"](train, partly, evaluated, 3)[0, 0] == pytest.approx(labels[10:, 0].mean())

@@ -31,10 +31,11 @@ from raylab.jobs import check_job, dump_yaml, load_job
 from raylab.labels import MAX_CLASSES, MAX_NAME, pack_labels, to_array
 from raylab.mistakes import JobError
 from raylab.plan import plan_job
-from raylab.preparation import name_point, prepare
+from raylab.preparation import check_target_classes, name_point, prepare
 from raylab.progress import SweepProgress
 from raylab.repair import repair_job
 from raylab.results import open_tables, read_cell
+from raylab.scores import MAX_CLASSES as MAX_SCORED
 from raylab.settings import dump_job, list_settings, resolve_target
 from raylab.sweep import run_job
 from raylab.synth import write_notes
@@ -427,6 +428,20 @@ def test_mistakes_of_labels_in_a_job_are_named_by_their_place(make_job):
     assert any("did you mean 'path'?" in line for line in caught.value.problems)
 
 
+@pytest.mark.parametrize("data", [None, "data"])
+def test_paths_of_labels_start_at_their_job_file(tmp_path, tiny_job, data):
+    tasks = {
+        "a": {"path": "x/n.csv", "text": "t", "id": "i", "labels": {"path": "x/g.csv", "id": "i", "label": "l"}},
+        "b": {"path": "n.csv", "text": "t", "id": "i", "labels": {"sql": "from 'g.csv'", "id": "i", "label": "l"}},
+    }
+    raw = tiny_job | {"corpus": {"documents": {"path": "n.csv", "text": "t"}, "tasks": tasks}, "evaluate": {}}
+    (tmp_path / "job.yaml").write_text(json.dumps(raw))
+    folder = tmp_path / data if data else None
+    found = load_job(tmp_path / "job.yaml", data=folder).corpus.tasks
+    assert found["a"].labels.path == str(folder / "g.csv" if folder else tmp_path / "x" / "g.csv")
+    assert found["b"].labels.root == str(folder or tmp_path)
+
+
 # Targets of a class
 
 
@@ -448,6 +463,14 @@ def test_a_target_may_be_of_one_class(make_job, tmp_path):
         name_point(prepare(target_job(make_job, **{"class": "sever"}), tmp_path), {})
 
 
+def test_a_class_of_too_many_is_no_target(make_job):
+    classes = {"severity": ["severe", *map(str, range(MAX_SCORED))]}
+    [problem] = check_target_classes(target_job(make_job, **{"class": "severe"}), classes)
+    assert f"only up to {MAX_SCORED} are scored one by one" in problem
+    classes["severity"].pop()
+    assert not check_target_classes(target_job(make_job, **{"class": "severe"}), classes)
+
+
 @pytest.mark.parametrize(
     ("target", "rule"),
     [
@@ -455,6 +478,7 @@ def test_a_target_may_be_of_one_class(make_job, tmp_path):
         ({"metric": "f1_macro", "class": "mild"}, "'f1_macro' is of all classes: leave it out"),
         ({"metric": "f1_clas", "class": "mild"}, "did you mean 'f1_class'?"),
         ({"clas": "mild"}, "did you mean 'class'?"),
+        ({"metric": "calibration_error"}, "search.targets.0.mode: lower is better"),
     ],
 )
 def test_a_wrong_target_of_a_class_is_refused(make_job, target, rule):
