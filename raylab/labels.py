@@ -14,6 +14,7 @@ from raylab.blocks import Task
 Bools = NDArray[np.bool_]
 # Class names stand in tables: more of them, or longer ones, are texts that were taken for labels.
 MAX_CLASSES, MAX_NAME = 1000, 200
+FEW_CLASSES = 20  # more must have two labelled training rows each, on average
 
 
 def join_labels(table: pa.Table, gold: pa.Table, where: str, counts: dict[str, int], problems: list[str]) -> pa.Table:
@@ -48,12 +49,14 @@ def code_values(column: pa.ChunkedArray, train: Bools, smallest: int) -> tuple[N
 
 
 class Coded(NamedTuple):
-    """A task's labels: codes int64 [n], or int8 [n, L]; classes; rows that had none; labels left out (multi-label)."""
+    """A task's labels: codes int64 [n], or int8 [n, L]; classes; rows that had none; labels left out (multi-label);
+    training rows with a label."""
 
     codes: NDArray[Any]
     classes: list[str]
     unlabelled: int
-    left_out: int = 0
+    left_out: int
+    train_rows: int
 
 
 def code_labels(table: pa.Table, task: Task, train: Bools) -> Coded:
@@ -61,18 +64,19 @@ def code_labels(table: pa.Table, task: Task, train: Bools) -> Coded:
     columns = [table[name] for name in _label_names(task)]
     if not task.is_multi_label():
         codes, names = code_values(columns[0], train, task.min_class_size)
-        return Coded(codes, names, columns[0].null_count)
+        return Coded(codes, names, columns[0].null_count, 0, int(is_labelled(codes[train]).sum()))
     if task.has_sides():
         names, seen = list(task.label_columns()), len(columns)
         values = np.stack([pc.fill_null(column, "-1").cast(pa.int8()).to_numpy() for column in columns], axis=1)
     else:
         names, values, seen = _code_lists(columns[0], train, task.min_class_size)
         if len(names) > MAX_CLASSES:
-            return Coded(values, names, 0)
+            return Coded(values, names, 0, 0, 0)
     kept = ((values[train] == 1).sum(axis=0) >= task.min_class_size) & (values[train] == 0).any(axis=0)
     classes = [name for name, keep in zip(names, kept, strict=True) if keep]
     unlabelled = int((values < 0).all(axis=1).sum()) if task.has_sides() else columns[0].null_count
-    return Coded(values[:, kept], classes, unlabelled, seen - len(classes))
+    codes = values[:, kept]
+    return Coded(codes, classes, unlabelled, seen - len(classes), int(is_labelled(codes[train]).sum()))
 
 
 def _code_lists(column: pa.ChunkedArray, train: Bools, smallest: int) -> tuple[list[str], NDArray[np.int8], int]:
@@ -109,6 +113,11 @@ def check_classes(task: Task, coded: Coded) -> str | None:
         return (
             f"'{named}' has {found:,} classes with names of up to {longest:,} characters; a task has at most "
             f"{MAX_CLASSES:,}, of {MAX_NAME} characters: name a column of classes, or raise min_class_size"
+        )
+    if found > max(FEW_CLASSES, coded.train_rows / 2):
+        return (
+            f"'{named}' has {found:,} classes in {coded.train_rows:,} labelled training rows, under two rows a class: "
+            "name a column of classes, or raise min_class_size"
         )
     return None
 

@@ -387,13 +387,15 @@ def test_every_mistake_of_a_corpus_is_one_line_and_quotes_no_cell(tmp_path):
 
 
 @pytest.mark.parametrize("multi_label", [False, True])
-def test_a_text_column_given_as_label_is_refused(tmp_path, multi_label):
-    number = 3 * MAX_CLASSES
+@pytest.mark.parametrize(
+    ("number", "rule"), [(3 * MAX_CLASSES, f"a task has at most {MAX_CLASSES:,}"), (60, "under two rows a class")]
+)
+def test_a_text_column_given_as_label_is_refused(tmp_path, multi_label, number, rule):
     names = [str(i) for i in range(number)]
     words = [[f"secret {i}"] if multi_label else f"secret {i}" for i in range(number)]
     path = write(tmp_path / "a.parquet", text=[f"note {i}" for i in range(number)], group=names, summary=words)
     [problem] = refuse(make_corpus(path, {"label": "summary", "multi_label": multi_label}))
-    assert f"a task has at most {MAX_CLASSES:,}" in problem
+    assert rule in problem
     assert "secret" not in problem
 
 
