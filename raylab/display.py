@@ -63,7 +63,6 @@ class View:
     elapsed: float
     counts: Mapping[str, int]
     known: bool
-    held: int
     retried: int
     pace: Sequence[str]
     longest: float | None
@@ -122,9 +121,8 @@ def _draw(view: View, width: int, glyphs: Glyphs) -> Iterator[Text]:
     yield Text.assemble((f"{edge} ", DIM), name, (f" {rule} ", DIM), elapsed, (f" {edge}", DIM))
     counts, total = view.counts, sum(view.counts.values())
     if total:
-        held = f" ({view.held} held by another sweep)" if view.held else ""
         states = [
-            Text(f"{count:,} {state}{held if state == 'waiting' else ''}", STYLES[state])
+            Text(f"{count:,} {state}", STYLES[state])
             for state, count in counts.items()
             if count or state in ("complete", "running") or (state == "waiting" and view.known)
         ]
@@ -211,7 +209,6 @@ def show_value(value: float) -> str:
     return f"{value:.3f}" if value == 0 or 0.001 <= abs(value) < 10_000 else f"{value:.3g}"
 
 
-def show_resource(name: str, used: float, total: float, busy: float | None = None) -> str:
-    """A resource in use, of how much; `busy` is a share."""
-    shown = "/".join(f"{number:,.1f}".removesuffix(".0") for number in (used, total))
-    return f"{one_line(name)} {shown}" + ("" if busy is None else f" ({100 * busy:.0f} % busy)")
+def show_resource(name: str, used: float, total: float) -> str:
+    """A resource in use, of how much."""
+    return f"{one_line(name)} " + "/".join(f"{number:,.1f}".removesuffix(".0") for number in (used, total))

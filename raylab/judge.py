@@ -20,7 +20,8 @@ def decide(spec: TrialSpec, rung: int) -> bool:
         return True
     results = Path(spec.results)
     pull(results, spec.job)
-    return keep_going(spec.settings, list_summaries(results, spec.job), spec.trial_id, rung)
+    # A file that is damaged is one trial less to compare with; the next resume makes it again.
+    return keep_going(spec.settings, list_summaries(results, spec.job, skip_damaged=True), spec.trial_id, rung)
 
 
 def keep_going(job: Job, rows: Sequence[Mapping[str, Any]], trial_id: str, rung: int) -> bool:
@@ -37,8 +38,10 @@ def keep_going(job: Job, rows: Sequence[Mapping[str, Any]], trial_id: str, rung:
     )
     searched = [row for row in rows if row["phase"] == "search"]
     own = next((row for row in searched if row["trial_id"] == trial_id), None)
-    # Arms are compared on one seed and on the data as they are now.
-    alike = [row for row in searched if own and (row["seed"], row["data_digest"]) == (own["seed"], own["data_digest"])]
+    # Arms are compared on one seed, on the data as they are now, and by equal measures at equal budgets: a job that ran
+    # before with other rungs or another target says nothing of these.
+    same = ("seed", "data_digest", "measures")
+    alike = [row for row in searched if own and all(row[name] == own[name] for name in same)]
     others = [row for row in alike if row["trial_id"] != trial_id]
     for row in [*others, *([own] if own else [])]:
         replayed, verdict = study.ask(), False

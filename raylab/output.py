@@ -126,14 +126,15 @@ def print_ranking(job: Any, results: Path, split: str = "validation") -> None:
     """Arms by cell on stdout: value, difference to the base arm, held-out measures."""
     from raylab.preparation import name_point, prepare
     from raylab.ranking import find_front, label_arms, list_cells, rank_arms, summarise_heldout
+    from raylab.results import list_ranked
     from raylab.search import is_current
     from raylab.settings import resolve_target
-    from raylab.tables import list_summaries, read_trial
+    from raylab.tables import read_trial
 
     preparation = prepare(job, results)
     base, _ = name_point(preparation, {})
     # One row at a time: of thousands, all would fill the memory.
-    trials = {row["arm"]: row["trial_id"] for row in list_summaries(results, job.name)}
+    trials = {row["arm"]: row["trial_id"] for row in list_ranked(results, job.name)}
     arms = {base}
     for arm, trial_id in trials.items():
         last = read_trial(results, job.name, trial_id)
@@ -167,7 +168,7 @@ def print_ranking(job: Any, results: Path, split: str = "validation") -> None:
         titles = {"mlm_loss": "MLM loss", "unigram_entropy": "unigram entropy", "retrieval_error": "retrieval error",
                   "retrieval_error_change": "change of it", "category_accuracy": "category accuracy"}  # fmt: skip
         titles = {name: title for name, title in titles.items() if any(name in found for found in heldout.values())}
-        grid = Grid(title="held-out measures at the end of pre-training, validation documents, mean over all seeds")
+        grid = Grid(title="held-out measures at the end of pre-training, validation documents, mean over seeds")
         labels = label_arms(results, job)
         for title in ("arm", "settings", *titles.values()):
             grid.add_column(title, overflow="fold")

@@ -23,8 +23,8 @@ WINDOW_SECONDS, WINDOW_TRIALS, MARK_SECONDS = 600.0, 20, 10.0
 # A step of the preparation that took longer is worth a line each time.
 LONG_STEP = 5.0
 
-# (name, used, total), and the share that is busy, 0 to 1, where it is known.
-Gauge = Callable[[], Sequence[tuple[str, float, float] | tuple[str, float, float, float]]]
+# (name, in use, total).
+Gauge = Callable[[], Sequence[tuple[str, float, float]]]
 
 
 class Pace:
@@ -79,8 +79,8 @@ class SweepProgress:
     """Counts trials by state and shows how the sweep goes. `console` writes to stderr.
 
     `live` is by default whether that is a terminal. Every method may be called from any thread, and no failure to
-    write ends a sweep. The caller may set `name`, `targets` (their names), `planned`, `held` (planned trials that wait
-    for pre-training under way in another sweep) and `gauge`, which a thread of its own reads every two seconds.
+    write ends a sweep. The caller may set `name`, `targets` (their names), `planned` and `gauge`,
+    which a thread of its own reads every two seconds.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class SweepProgress:
     ) -> None:
         self.console, self.name, self.clock = console, name, clock
         self.targets: Sequence[str] = ()
-        self.planned = self.held = self.retried = 0
+        self.planned = self.retried = 0
         self.gauge: Gauge | None = None
         self.states: Counter[str] = Counter()
         self.kept: Counter[str] = Counter()
@@ -310,7 +310,6 @@ class SweepProgress:
                 elapsed=now - self.started,
                 counts=counts,
                 known=self.planned > 0,
-                held=self.held,
                 retried=self.retried,
                 pace=self._pace(now, counts) or ["time left not known yet"],
                 longest=now - min(self.running.values()) if self.running else None,

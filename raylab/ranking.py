@@ -9,7 +9,7 @@ import numpy as np
 from scipy import stats
 
 from raylab.fronts import rank_fronts
-from raylab.results import SeedValue, open_tables, read_cell, read_heldout
+from raylab.results import SeedValue, list_ranked, open_tables, read_cell, read_heldout
 from raylab.settings import label_values, resolve_target
 from raylab.specs import Job, Target
 
@@ -126,7 +126,7 @@ def _read_values(results: Path, job: Job, table: str, cell: dict[str, Any], spli
     if "evaluate.frozen_layers" not in job.search.space or "frozen_layers" not in cell:
         yield from read_cell(results, job.name, table, cell, split)
         return
-    asked = open_tables(results, "trials", job.name).execute(
+    asked = open_tables(results, "trials", job.name, _name_trials(results, job)).execute(
         'select arm, any_value("evaluate.frozen_layers") from trials where job = ? group by arm', [job.name]
     )
     depths: dict[str, str] = {}
@@ -139,13 +139,18 @@ def _read_values(results: Path, job: Job, table: str, cell: dict[str, Any], spli
         yield from (row for row in read_cell(results, job.name, table, here, split) if depths[row.arm] == depth)
 
 
+def _name_trials(results: Path, job: Job) -> list[str]:
+    """A trial of each arm that counts in a ranking."""
+    return list({row["arm"]: row["trial_id"] for row in list_ranked(results, job.name)}.values())
+
+
 def label_arms(results: Path, job: Job) -> dict[str, str]:
-    """What sets each arm apart: the searched settings that it reads."""
+    """What sets each ranked arm apart: the searched settings that it reads."""
     names = list(job.search.space)
     if not names:
         return {}
     columns = ", ".join(f'any_value("{name}")' for name in names)
-    rows = open_tables(results, "trials", job.name).execute(
+    rows = open_tables(results, "trials", job.name, _name_trials(results, job)).execute(
         f"select arm, {columns} from trials where job = ? and arm not like 'baseline:%' group by arm", [job.name]
     )
     return {row[0]: label_values(dict(zip(names, row[1:], strict=True))) for row in rows.fetchall()}

@@ -1,12 +1,11 @@
 """What a stop, a full disk or a failing one left of a job: set aside or cleared, so that resuming makes it again."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from raylab import storage
 from raylab.mistakes import DamagedError
-from raylab.stages import FOLDER, is_building
+from raylab.stages import clear_leftovers
 from raylab.tables import SCHEMAS, list_trials, read_file, read_rows, table_path, write_rows
 
 # What a trial writes at each rung, before its row of `trials` says that the rung is done.
@@ -23,9 +22,7 @@ def repair_job(results: Path, job: str) -> list[str]:
     for folder in (results / job).glob("*/"):
         for scratch in folder.glob(".*.parquet.*"):
             scratch.unlink(missing_ok=True)
-    for scratch in (results / FOLDER).glob(".building-*"):
-        if not is_building(results, scratch.name.removeprefix(".building-")):
-            shutil.rmtree(scratch, ignore_errors=True)
+    clear_leftovers(results)
     for row in list_trials(results, job):
         if row["arm"].startswith("baseline:") or not row["rung"]:
             continue

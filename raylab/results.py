@@ -13,7 +13,7 @@ from raylab.summary import COLUMNS, read_summary
 
 # `status` needs neither Arrow nor DuckDB: they are imported where rows are read.
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
     import duckdb
     import pyarrow as pa
@@ -21,11 +21,14 @@ if TYPE_CHECKING:
 FILES_AT_ONCE = 20
 
 
-def open_tables(results: Path, sql: str | None = None, job: str = "*") -> "duckdb.DuckDBPyConnection":
-    """A DuckDB connection with one view a table over all jobs, or one, that can reach no other file, nor write any.
+def open_tables(
+    results: Path, sql: str | None = None, job: str = "*", trials: "Collection[str] | None" = None
+) -> "duckdb.DuckDBPyConnection":
+    """A DuckDB connection with one view a table over all jobs, that can reach no other file, nor write any.
 
-    The rows are those of one moment. With `sql`, only the tables that it names are read. Columns are joined by name,
-    so rows of older versions stay readable. Raises JobError without a results folder.
+    The rows are those of one moment. With `sql`, only the tables that it names are read; with `job` only its files,
+    with `trials` only theirs. Columns are joined by name, so rows of older versions stay readable. Raises JobError
+    without a results folder.
     """
     _check_folder(results)
     import duckdb
@@ -37,7 +40,10 @@ def open_tables(results: Path, sql: str | None = None, job: str = "*") -> "duckd
     for table, schema in SCHEMAS.items():
         if sql is None or table in sql.lower():
             # Not schema.empty_table(), which loads pandas.
-            parts, files = [pa.Table.from_batches([], schema=schema)], _read_files(results, table, job)
+            parts, files = (
+                [pa.Table.from_batches([], schema=schema)],
+                _read_files(list_files(results, table, job, trials), table),
+            )
             # Joined as they come: a file's hundred columns take far more memory than their one row.
             while some := list(itertools.islice(files, FILES_AT_ONCE)):
                 parts.append(pa.concat_tables(some, promote_options="default").combine_chunks())
@@ -47,11 +53,11 @@ def open_tables(results: Path, sql: str | None = None, job: str = "*") -> "duckd
     return connection
 
 
-def _read_files(results: Path, table: str, job: str) -> "Iterator[pa.Table]":
+def _read_files(files: list[Path], table: str) -> "Iterator[pa.Table]":
     """The files of a table. Raises JobError at one that is damaged: an answer without it would be another one."""
     from raylab.tables import read_file
 
-    for path in list_files(results, table, job):
+    for path in files:
         try:
             yield read_file(path, table)
         except DamagedError as error:
@@ -76,10 +82,15 @@ def query(results: Path, sql: str) -> "pa.Table":
         raise JobError([f"query: {type(error).__name__} while reading the rows; check casts and arithmetic"]) from None
 
 
-def list_files(results: Path, table: str, job: str = "*") -> list[Path]:
-    """The files of a table over all jobs, or one."""
+def list_files(results: Path, table: str, job: str = "*", trials: "Collection[str] | None" = None) -> list[Path]:
+    """The files of a table over all jobs, or one; of all trials, or some."""
     files = sorted(results.glob(f"{job}/{table}/*.parquet"))
-    return [path for path in files if not path.name.startswith(".") and not path.parts[-3].startswith("_")]
+    files = [path for path in files if not path.name.startswith(".") and not path.parts[-3].startswith("_")]
+    if trials is None:
+        return files
+    # Behind the first dot of a file's name stands what sets apart several files of one trial.
+    stems = {trial_id.replace(":", "_") for trial_id in trials}
+    return [path for path in files if path.name.partition(".")[0] in stems]
 
 
 def list_jobs(results: Path) -> list[str]:
@@ -150,6 +161,17 @@ def _check_folder(results: Path) -> None:
         raise JobError([f"--results {name_results(results)}: no such folder; give the one that 'raylab run' wrote to"])
 
 
+def list_ranked(results: Path, job: str) -> list[dict[str, Any]]:
+    """The summaries of a job's trials that count in a ranking: complete, of a fixed design or a confirmation."""
+    from raylab.tables import list_summaries
+
+    return [
+        row
+        for row in list_summaries(results, job)
+        if row["status"] == "complete" and row["phase"] in ("fixed", "confirm")
+    ]
+
+
 class SeedValue(NamedTuple):
     """A trial's value of a cell, mean over draws."""
 
@@ -164,7 +186,8 @@ def read_cell(results: Path, job: str, table: str, cell: dict[str, Any], split: 
     Only trials that ran to the end count; of an adaptive search only confirmed ones. Baselines have no depth and no
     probe, so for them those parts of the cell are left out.
     """
-    connection = open_tables(results, f"trials {table}", job)
+    ranked = [row["trial_id"] for row in list_ranked(results, job)]
+    connection = open_tables(results, f"trials {table}", job, ranked)
     conditions = " and ".join(
         f"(t.arm like 'baseline:%' or s.{key} is not distinct from ?)"
         if key in ("frozen_layers", "probe")
@@ -175,8 +198,7 @@ def read_cell(results: Path, job: str, table: str, cell: dict[str, Any], split: 
         f"""
         select t.arm, t.seed, avg(s.value) as value
         from {table} s join trials t using (job, trial_id)
-        where job = ? and s.split = ? and s.rung = t.num_rungs and t.status = 'complete'
-              and t.phase in ('fixed', 'confirm') and {conditions}
+        where job = ? and s.split = ? and s.rung = t.num_rungs and {conditions}
         group by t.arm, t.seed order by t.arm, t.seed
         """,
         [job, split, *cell.values()],
@@ -185,14 +207,15 @@ def read_cell(results: Path, job: str, table: str, cell: dict[str, Any], split: 
 
 
 def read_heldout(results: Path, job: str) -> dict[tuple[str, int], dict[str, tuple[float, float]]]:
-    """(arm, seed) -> held-out measure -> its value at the start and at the end of pre-training."""
+    """(arm, seed) -> held-out measure -> its value at the start and at the end of pre-training; of ranked trials."""
+    ranked = [row["trial_id"] for row in list_ranked(results, job)]
     rows = (
-        open_tables(results, "trials curves", job)
+        open_tables(results, "trials curves", job, ranked)
         .execute(
             """
             select t.arm, t.seed, c.metric, arg_min(c.value, c.step), arg_max(c.value, c.step)
             from curves c join trials t using (job, trial_id)
-            where job = ? and c.metric like 'heldout%' and t.status = 'complete'
+            where job = ? and c.metric like 'heldout%'
             group by t.arm, t.seed, c.metric
             """,
             [job],

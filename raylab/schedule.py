@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from raylab.checkpoints import note_disk
 from raylab.driver import has_lost, read_stop, request_stop
 from raylab.identity import name_trial
-from raylab.mistakes import Interrupted, JobError, find_storage_problem
+from raylab.mistakes import DamagedError, Interrupted, JobError, find_storage_problem
 from raylab.preparation import Preparation, make_spec
 from raylab.progress import SweepProgress
 from raylab.rungs import list_rungs
@@ -60,10 +60,13 @@ class Schedule:
     crashes: dict[str, int] = field(default_factory=dict)
     gpu_seconds: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
+    gpus: float = 0.0
     looked: float = float("-inf")
     measured: float = float("-inf")
 
     def __post_init__(self) -> None:
+        resources = self.preparation.job.resources
+        self.gpus = (resources.gpus_per_worker or 0.0) * resources.workers
         for row in list_trials(self.results, self.name):
             self.gpu_seconds[row["trial_id"]] = row["gpu_seconds"] or 0.0
 
@@ -92,7 +95,7 @@ class Schedule:
         """The next trial; None while only running ones, or other jobs, can bring more. Raises StopIteration at the end.
 
         Trials that share a pre-training run one after another, so that none holds a GPU to wait. A trial that can't
-        work (an encoder that is gone) is recorded as infeasible and passed over.
+        start (an encoder that is gone) is recorded as failed and passed over.
         """
         while True:
             self.look()
@@ -104,11 +107,13 @@ class Schedule:
             trial_id = name_trial(request.arm, request.seed)
             self.progress.start_trial(trial_id)
             try:
-                ready = self._prepare(request)
-            except JobError as error:
-                self._record(trial_id, "infeasible", error.problems[0])
-                self._take(trial_id)
-                continue
+                try:
+                    ready = self._prepare(request)
+                except JobError as error:
+                    # Not infeasible: nothing is wrong with the arm, and what is missing may be there at a resume.
+                    self._record(trial_id, "failed", error.problems[0])
+                    self._take(trial_id)
+                    continue
             except OSError as error:
                 self._halt_for_storage(error)
                 self._retry(trial_id, "the results can't be written")
@@ -132,17 +137,17 @@ class Schedule:
         """Whether a trial must wait for a pre-training that another one, of this job or of another, is doing."""
         try:
             rungs = self._prepare(request).rungs
+            if not rungs:
+                return False
+            looked, held = self.others.get(rungs[-1], (float("-inf"), False))
+            if time.monotonic() - looked > LOOK_SECONDS:
+                if any(rungs == other.rungs for other in self.running.values()):
+                    held = peek_stage(self.results, rungs[-1]) is None
+                else:
+                    held = any(is_building(self.results, stage_id) for stage_id in rungs)
+                self.others[rungs[-1]] = (time.monotonic(), held)
         except (JobError, OSError):
             return False  # told when the trial is to start
-        if not rungs:
-            return False
-        looked, held = self.others.get(rungs[-1], (float("-inf"), False))
-        if time.monotonic() - looked > LOOK_SECONDS:
-            if any(rungs == other.rungs for other in self.running.values()):
-                held = peek_stage(self.results, rungs[-1]) is None
-            else:
-                held = any(is_building(self.results, stage_id) for stage_id in rungs)
-            self.others[rungs[-1]] = (time.monotonic(), held)
         return held
 
     def finish_trial(self, trial_id: str, end: str) -> None:
@@ -156,6 +161,8 @@ class Schedule:
         try:
             pull_trial(self.results, self.name, trial_id)
             row = read_trial(self.results, self.name, trial_id)
+            if row is not None:
+                self.gpu_seconds[trial_id] = row["gpu_seconds"] or 0.0
             if end == "waiting":
                 self._retry(trial_id, "another process trains what it needs")
             elif end == "superseded":
@@ -177,6 +184,9 @@ class Schedule:
                 self._take(trial_id)
         except OSError as error:
             self._halt_for_storage(error)
+        except DamagedError as error:
+            self._halt(f"{error}; 'raylab resume {self.name}' makes it again")
+            self._retry(trial_id, "its row is damaged")
 
     def _may_try_again(self, trial_id: str, row: dict[str, Any] | None) -> bool:
         if row is not None and row["status"] == "failed":
@@ -195,7 +205,6 @@ class Schedule:
         """A trial's last row goes into the search and the display."""
         row = read_trial(self.results, self.name, trial_id)
         assert row is not None
-        self.gpu_seconds[trial_id] = row["gpu_seconds"] or 0.0
         label = label_values(self.search.running[trial_id].values)
         self.search.finish(trial_id, row)
         self.progress.finish_trial(row, read_targets(row), self.search.signs, self.search.num_planned, label)
@@ -245,15 +254,17 @@ class Schedule:
             self._halt(f"limits.gpu_hours: {spent:.2f} of {limits.gpu_hours:g} used", by_limit=True)
         if limits.disk_gb is not None and clock - self.measured > DISK_SECONDS:
             self.measured = clock
-            disk = note_disk(self.results, self.name)
+            try:
+                disk = note_disk(self.results, self.name)
+            except (OSError, DamagedError) as error:
+                self.note(f"limits.disk_gb: the disk can't be measured now ({type(error).__name__})")
+                return
             used = (disk["tables_bytes"] + disk["stages_bytes"]) / 1e9
             if used > limits.disk_gb:
                 self._halt(f"limits.disk_gb: {used:.2f} of {limits.disk_gb:g} used", by_limit=True)
 
     def _running_gpu_seconds(self, clock: float) -> float:
-        resources = self.preparation.job.resources
-        gpus = (resources.gpus_per_worker or 0.0) * resources.workers
-        return gpus * sum(clock - other.since for other in self.running.values())
+        return self.gpus * sum(clock - other.since for other in self.running.values())
 
     def _halt(self, why: str, *, by_limit: bool = False) -> None:
         """No trial starts any more, and those that run end after their rung."""

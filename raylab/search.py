@@ -53,6 +53,8 @@ class Arm:
     trial: optuna.Trial | None
     waiting: set[int]
     found: list[list[float]] = field(default_factory=list)
+    # The first target's value at each rung, a list a seed.
+    rung_values: list[list[float | None]] = field(default_factory=list)
     stopped_at: int | None = None
     infeasible: bool = False
 
@@ -332,16 +334,23 @@ class Search:
         state.infeasible |= row["status"] == "infeasible"
         if row["status"] in ("complete", "stopped") and len(values) == len(self.signs) and None not in values:
             state.found.append([value for value in values if value is not None])
+            state.rung_values.append(json.loads(row.get("rung_values") or "[]"))
         if state.waiting:
             return
-        means = tuple(float(mean) for mean in np.mean(state.found, axis=0)) if state.found and self.signs else ()
+        means: tuple[float, ...] = ()
+        # Without all its seeds, an arm would be compared by those that it got through.
+        if self.signs and len(state.found) == len(self.job.search.seeds):
+            means = tuple(float(mean) for mean in np.mean(state.found, axis=0))
         if state.infeasible or not means:
             self._tell(state.trial, None, infeasible=state.infeasible)
         elif state.stopped_at is None:
             self.scores[arm] = means
             self._tell(state.trial, means)
         elif self.study is not None and state.trial is not None and len(means) == 1:
-            state.trial.report(means[0], step=state.stopped_at)
+            # Every seed's value at the rung at which the first of them ended.
+            there = [values[state.stopped_at - 1] for values in state.rung_values if len(values) >= state.stopped_at]
+            known = [value for value in there if value is not None]
+            state.trial.report(float(np.mean(known)) if known else means[0], step=state.stopped_at)
             self.study.tell(state.trial, state=optuna.trial.TrialState.PRUNED)
         else:  # stopped when the job had one target
             self._tell(state.trial, None)

@@ -117,7 +117,7 @@ class Search(Model):
 class Limits(Model):
     """When a sweep ends by itself, each trial after its rung, and what it keeps."""
 
-    hours: Positive | None = Field(None, description="hours of one command, counted from its start")
+    hours: Positive | None = Field(None, description="hours of one command, counted from its first trial")
     gpu_hours: Positive | None = Field(None, description="GPU hours of all the job's trials, over all commands")
     disk_gb: Positive | None = Field(None, description="gigabytes of the job's tables and of the stages it uses")
     checkpoints: Literal["final", "all"] = Field(

@@ -292,6 +292,18 @@ def is_building(results: Path, stage_id: str) -> bool:
     return False
 
 
+def clear_leftovers(results: Path) -> None:
+    """Deletes what processes that were killed have left of the stages that they were building."""
+    for scratch in (results / FOLDER).glob(".building-*"):
+        lock = _lock(results, scratch.name.removeprefix(".building-"))
+        # Held meanwhile: another process may begin to build that stage.
+        if _take(lock, wait=False):
+            try:
+                shutil.rmtree(scratch, ignore_errors=True)
+            finally:
+                lock.release()
+
+
 def prune_stage(results: Path, stage_id: str, drop: Collection[str]) -> int:
     """Deletes the files of a stage whose paths begin with one of `drop`; returns the bytes freed.
 

@@ -191,8 +191,12 @@ def write(results: Path, path: Path, content: bytes) -> None:
     remote = _find(results)
     if remote is None:
         scratch = path.with_name(f"{path.name}.{os.getpid()}")
-        scratch.write_bytes(content)
-        os.replace(scratch, path)
+        try:
+            scratch.write_bytes(content)
+            os.replace(scratch, path)
+        except OSError:
+            scratch.unlink(missing_ok=True)
+            raise
         return
     with _asking(remote):
         _put(remote, _name(results, path), content)

@@ -8,8 +8,8 @@ from typing import Any
 
 # For `status`, and for the judgement of early stopping.
 COLUMNS = (
-    "trial_id", "arm", "phase", "seed", "status", "rung", "rung_values", "data_digest", "wall_seconds", "error",
-    "started_at", "updated_at",
+    "trial_id", "arm", "phase", "seed", "status", "rung", "rung_values", "measures", "data_digest", "wall_seconds",
+    "error", "started_at", "updated_at",
 )  # fmt: skip
 TIMES = ("started_at", "updated_at")
 # Not ASCII, as all values are: no value can hold it.

@@ -22,10 +22,11 @@ from raylab.preparation import Preparation, make_spec, name_point, prepare
 from raylab.pretrain import make_units, open_data
 from raylab.progress import SweepProgress
 from raylab.repair import repair_job
+from raylab.results import open_tables
 from raylab.schedule import LOOK_SECONDS, Schedule
 from raylab.search import Request, Search, list_refused
 from raylab.specs import Job
-from raylab.storage import open_log, publish, pull
+from raylab.storage import open_log, publish, pull, remove
 from raylab.tables import now, write_rows
 from raylab.trial import run_trial, set_threads
 
@@ -88,8 +89,10 @@ def _run_job(
     with _session(job, address, here, progress, tell_lost), claim as token:
         pull(results, job.name)
         progress.log_to(open_log(results, job.name, own=True))
-        _check_base(preparation)
-        _keep_job(results, job)
+        with _kept_job(results, job):
+            _check_base(preparation)
+        # The ranking needs DuckDB: a driver that has the memory at the start has it at the end of days.
+        open_tables(results, "").close()
         for line in (*repair_job(results, job.name), *_describe_left_out(splits[seeds[0]])):
             progress.note(line)
         memory: dict[Any, Any] = {}
@@ -173,11 +176,26 @@ def _check_base(preparation: Preparation) -> None:
             raise JobError([str(error)]) from None
 
 
-def _keep_job(results: Path, job: Job) -> None:
+@contextlib.contextmanager
+def _kept_job(results: Path, job: Job) -> Iterator[None]:
+    """Keeps the job file from here on, so that `stop` and `resume` know it; as it was before where it is refused."""
     path = results / job.name / "job.yaml"
+    before = path.read_text() if path.is_file() else None
     scratch = path.with_name(".job.yaml")
-    scratch.write_text(dump_yaml(job))
-    publish(results, scratch, path)
+
+    def keep(text: str) -> None:
+        scratch.write_text(text)
+        publish(results, scratch, path)
+
+    keep(dump_yaml(job))
+    try:
+        yield
+    except JobError:
+        if before is None:
+            remove(results, path)
+        else:
+            keep(before)
+        raise
 
 
 def _record_refused(job: Job, results: Path, request: Request, error: str) -> None:

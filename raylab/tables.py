@@ -1,7 +1,8 @@
 """The result tables: their columns, and whole-file writes that readers never see half of."""
 
+import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raylab.explanations import inner_types
-from raylab.identity import canonical
+from raylab.identity import canonical, digest
 from raylab.mistakes import DamagedError
 from raylab.settings import SETTINGS
 from raylab.storage import publish, pull_files
@@ -33,7 +34,8 @@ SCHEMAS: dict[str, pa.Schema] = {
     "trials": pa.schema(
         {
             "job": _text, "trial_id": _text, "arm": _text, "phase": _text, "seed": _int, "status": _text, "rung": _int,
-            "num_rungs": _int, "target_values": _text, "rung_values": _text, "search.targets": _text, **SETTING_COLUMNS,
+            "num_rungs": _int, "target_values": _text, "rung_values": _text, "measures": _text,
+            "search.targets": _text, **SETTING_COLUMNS,
             "supervised_by": _text, "effective_spans": _text, "attempts": _int,
             "wall_seconds": _float, "gpu_seconds": _float, "device": _text, "peak_memory_bytes": _int,
             "num_steps": _int, "num_tokens": _int, "num_documents": _int, "flops": _float,
@@ -77,13 +79,19 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
+def _decides_measures(name: str) -> bool:
+    return name.startswith("evaluate.") or name in ("pretrain.rungs", "search.targets")
+
+
+def digest_measures(settings: Mapping[str, Any], searched: Collection[str]) -> str:
+    """Digest of what is measured at which budget, without what an arm itself decides: equal ones compare by rung."""
+    names = [name for name in settings if _decides_measures(name) or name == "pretrain.num_tokens"]
+    return digest({name: plain_value(settings[name]) for name in names if name not in searched})
+
+
 def same_measures(row: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
     """Whether a row of `trials` was measured at the same rungs and cells, for the same targets, as settings ask for."""
-    return all(
-        row[name] == plain_value(value)
-        for name, value in settings.items()
-        if name.startswith("evaluate.") or name in ("pretrain.rungs", "search.targets")
-    )
+    return all(row[name] == plain_value(value) for name, value in settings.items() if _decides_measures(name))
 
 
 def table_path(results: Path, job: str, table: str, trial_id: str, suffix: str = "") -> Path:
@@ -197,10 +205,13 @@ def summarise_trial(path: Path) -> dict[str, Any]:
     return found
 
 
-def list_summaries(results: Path, job: str) -> list[dict[str, Any]]:
+def list_summaries(results: Path, job: str, *, skip_damaged: bool = False) -> list[dict[str, Any]]:
     """A job's trials as `summarise_trial` tells of them, in the order of their start."""
     paths = [path for path in (results / job / "trials").glob("*.parquet") if not path.name.startswith(".")]
-    found = [summarise_trial(path) for path in paths]
+    found = []
+    for path in paths:
+        with contextlib.suppress(*([DamagedError] if skip_damaged else [])):
+            found.append(summarise_trial(path))
     return sorted(found, key=lambda row: (row["started_at"] or 0, row["trial_id"]))
 
 

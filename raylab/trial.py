@@ -26,7 +26,7 @@ from raylab.rungs import list_rungs, num_rungs
 from raylab.settings import list_measures, resolve_target
 from raylab.specs import Job, TrialSpec
 from raylab.stages import FOLDER, Stage, open_stage, read_info
-from raylab.tables import now, read_rows, read_trial, same_measures, write_rows
+from raylab.tables import digest_measures, now, read_rows, read_trial, same_measures, write_rows
 from raylab.training import ENCODER, NotFiniteError, Training
 from raylab.world import ALONE, World
 
@@ -60,16 +60,16 @@ def run_trial(spec: TrialSpec, *, decide: Decide = go_on, world: World = ALONE) 
     def record(status: str, **changes: Any) -> None:
         elapsed = time.perf_counter() - started
         row.update(changes, status=status, updated_at=now(), peak_memory_bytes=_peak_memory())
-        row["wall_seconds"] = spent[0] + elapsed
+        row["wall_seconds"] = spent["wall_seconds"] + elapsed
         wanted = spec.settings.resources.gpus_per_worker
         gpus = (1.0 if wanted is None else wanted) * world.size if torch.cuda.is_available() else 0.0
-        row["gpu_seconds"] = row["wall_seconds"] * gpus
+        row["gpu_seconds"] = spent["gpu_seconds"] + elapsed * gpus
         if world.rank == 0:
             _check_driver(spec)
             used.write()
             write_rows(results, spec.job, "trials", spec.trial_id, [row])
 
-    spent = (row["wall_seconds"],)
+    spent = {name: row[name] for name in ("wall_seconds", "gpu_seconds")}
     record("running")
     try:
         for rung in _run_rungs(spec, row, used, world):
@@ -210,6 +210,7 @@ def _open_row(spec: TrialSpec) -> dict[str, Any]:
     fresh: dict[str, Any] = {
         "job": spec.job, "trial_id": spec.trial_id, "arm": spec.arm, "phase": spec.phase, "seed": spec.seed,
         "status": "running", "rung": 0, "num_rungs": num_rungs(spec.settings), "target_values": None, "rung_values": [],
+        "measures": digest_measures(settings, spec.settings.search.space),
         **settings,
         "supervised_by": supervised.get(settings["pretrain.metadata.field"]),
         "attempts": 1, "wall_seconds": 0.0, "gpu_seconds": 0.0, "device": describe_device(), "peak_memory_bytes": 0,
@@ -224,6 +225,7 @@ def _open_row(spec: TrialSpec) -> dict[str, Any]:
             "target_values",
             "rung_values",
             "wall_seconds",
+            "gpu_seconds",
             "num_steps",
             "num_tokens",
             "num_documents",

@@ -33,7 +33,13 @@ Usage = list[tuple[str, float, float]]
 
 
 class Runnable(Protocol):
-    """What gives the trials and takes their ends: a `schedule.Schedule`."""
+    """What gives the trials and takes their ends: a `schedule.Schedule`.
+
+    `why` says why no more trials start, `gpus` how many GPUs a trial holds.
+    """
+
+    why: str | None
+    gpus: float
 
     def next_trial(self) -> TrialSpec | None:
         """The next trial, None to wait; raises StopIteration at the end."""
@@ -45,6 +51,10 @@ class Runnable(Protocol):
         """Raises Interrupted where the sweep must end at once."""
 
 
+class Finished(Exception):  # noqa: N818 -- no error: the end of a sweep
+    """All trials of a sweep have ended."""
+
+
 class ArmSearcher(Searcher):
     """Gives Tune the trials of a sweep, as many as fit on the cluster as it is now, and passes their ends on."""
 
@@ -52,29 +62,45 @@ class ArmSearcher(Searcher):
         super().__init__(metric="rung", mode="max")
         self.job, self.sweep = job, sweep
         self.gpus = gpus_per_worker(job)
+        sweep.gpus = self.gpus * job.resources.workers
         self.names: dict[str, str] = {}
         self.slots, self.counted = 0, float("-inf")
+        self.finished = self.interrupted = False
 
     def suggest(self, trial_id: str) -> Any:
         """A trial's spec as Tune's config, None to wait, FINISHED at the end."""
+        # Without a trial that runs, Tune asks here for minutes and nowhere else.
+        self.look()
+        if self.sweep.why is not None:
+            self.finished = True
+            return Searcher.FINISHED
         if len(self.names) >= self._count_slots():
             return None
         try:
             spec = self.sweep.next_trial()
         except StopIteration:
+            self.finished = True
             return Searcher.FINISHED
         if spec is None:
             return None
         self.names[trial_id] = spec.trial_id
         return {"spec": pack_spec(spec)}
 
+    def look(self) -> None:
+        """Raises Interrupted on Ctrl-C, or where the sweep must end at once."""
+        self.sweep.look()
+        if self.interrupted:
+            raise Interrupted
+
     def _count_slots(self) -> int:
         """Nodes come and go: counted again now and then."""
         if time.monotonic() - self.counted > NODE_SECONDS:
             self.counted = time.monotonic()
-            self.slots = min(count_slots(self.job, self.gpus), self.job.resources.max_concurrent_trials or 2**31)
-        # Tune keeps one process at most for the next trial, unless one waits: then a trial's end costs no process.
-        return self.slots + (self.slots > 1 and self.job.resources.workers == 1)
+            fit = count_slots(self.job, self.gpus)
+            # Tune keeps one process at most for the next trial, unless one waits: then a trial's end costs no process.
+            fit += fit > 1 and self.job.resources.workers == 1
+            self.slots = min(fit, self.job.resources.max_concurrent_trials or fit)
+        return self.slots
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
         """Passes the end of a trial on."""
@@ -97,22 +123,27 @@ class ArmSearcher(Searcher):
 
 
 class SweepWatch(tune.Callback):
-    """Ends a sweep at once on Ctrl-C, on a request to do so, and where no node is left."""
+    """Ends a sweep at once on Ctrl-C, on a request to do so, where no node is left, and when all trials have ended."""
 
-    def __init__(self, sweep: Runnable) -> None:
-        self.sweep = sweep
-        self.interrupted = False
+    def __init__(self, sweep: Runnable, searcher: ArmSearcher) -> None:
+        self.sweep, self.searcher = sweep, searcher
         self.looked = time.monotonic()
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Raises Interrupted, which passes through Tune: its own end of a run waits for every trial."""
-        self.sweep.look()
+        self.searcher.look()
         if time.monotonic() - self.looked > NODE_SECONDS:
             self.looked = time.monotonic()
             if not any(node["Alive"] for node in ray.nodes()):
                 raise Interrupted
-        if self.interrupted:
-            raise Interrupted
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Raises Finished: Tune's own end writes and reads again all that it knows of every trial, for nobody."""
+        if self.searcher.finished and not any(trial.status == trial.RUNNING for trial in trials):
+            # Those that were handed out, and for which no node has room, never began.
+            for trial_id in list(self.searcher.names):
+                self.searcher.on_trial_complete(trial_id, {"end": "done"})
+            raise Finished
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Tune keeps every trial to the end: of thousands, their specs and results would fill the driver's memory."""
@@ -126,9 +157,9 @@ class SweepWatch(tune.Callback):
         """Takes the place of the handler that Tune has set by now; a second Ctrl-C ends whatever is going on."""
 
         def handle(number: int, frame: Any) -> None:
-            if self.interrupted:
+            if self.searcher.interrupted:
                 raise Interrupted
-            self.interrupted = True
+            self.searcher.interrupted = True
 
         # Outside the main thread no signal arrives.
         with contextlib.suppress(ValueError):
@@ -165,6 +196,8 @@ def ray_session(job: Job, address: str | None, tell_lost: Callable[[str], None])
             ray.init(address=address, **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:
         kind = type(error).__name__
+        if address is None:
+            raise JobError([f"Ray can't be started here ({kind}); 'raylab run --here' does without it"]) from None
         raise JobError([f"--address {address}: no Ray cluster answers ({kind}); start it or correct it"]) from None
     # Ray has set a handler of its own.
     with contextlib.suppress(ValueError):
@@ -253,21 +286,22 @@ def run_tune(job: Job, sweep: Runnable) -> None:
     scratch, before = tempfile.mkdtemp(prefix="raylab-tune-"), signal.getsignal(signal.SIGINT)
     # What became of a trial is in the tables and the display; Tune would show a traceback, with the error's message.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    searcher = ArmSearcher(job, sweep)
     try:
         tune.Tuner(
             tune.with_resources(run, trial_resources(job)),
-            tune_config=tune.TuneConfig(
-                search_alg=ArmSearcher(job, sweep), num_samples=-1, reuse_actors=job.resources.workers == 1
-            ),
+            tune_config=tune.TuneConfig(search_alg=searcher, num_samples=-1, reuse_actors=job.resources.workers == 1),
             run_config=tune.RunConfig(
                 name=job.name,
                 # Tune's own files: snapshots and results that nothing here reads.
                 storage_path=scratch,
                 verbose=0,
-                callbacks=[SweepWatch(sweep)],
+                callbacks=[SweepWatch(sweep, searcher)],
                 failure_config=tune.FailureConfig(max_failures=0),
             ),
         ).fit()
+    except Finished:
+        pass
     finally:
         signal.signal(signal.SIGINT, before)
         shutil.rmtree(scratch, ignore_errors=True)

@@ -200,7 +200,7 @@ class OneTrial:
     """A sweep of one trial, which notes how it ended."""
 
     def __init__(self, spec):
-        self.specs, self.ends = [spec], []
+        self.specs, self.ends, self.why = [spec], [], None
 
     def next_trial(self):
         if not self.specs:
@@ -212,6 +212,24 @@ class OneTrial:
 
     def look(self):
         """Nothing asks it to stop."""
+
+
+def test_a_sweep_without_a_node_ends_when_it_is_asked_to(cluster, make_job):
+    from raylab.tuning import run_tune
+
+    assert read_cpus("cluster_resources") == 0
+    sweep = OneTrial(None)
+    sweep.look = lambda: setattr(sweep, "why", "it was asked to stop")
+    run_tune(make_job(), sweep)
+    assert sweep.specs == [None]
+
+
+def test_no_more_trials_at_once_than_the_job_allows(nodes, make_job):
+    from raylab.tuning import ArmSearcher
+
+    for most, slots in ((None, 3), (1, 1), (2, 2)):
+        searcher = ArmSearcher(make_job("mlm", {"resources": {"max_concurrent_trials": most}}), OneTrial(None))
+        assert searcher._count_slots() == slots
 
 
 def test_what_stops_a_worker_of_two_is_told_as_of_one(nodes, make_job, tmp_path):

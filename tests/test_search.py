@@ -15,7 +15,7 @@ from raylab.mistakes import JobError
 from raylab.search import MOST_HELD, MOST_REPEATS, Search, is_current, list_refused, name_refused, read_values
 from raylab.settings import list_measures, list_settings, with_settings
 from raylab.specs import ADAPTIVE, TrialSpec
-from raylab.tables import list_summaries, list_trials, read_trial, write_rows
+from raylab.tables import digest_measures, list_summaries, list_trials, read_trial, table_path, write_rows
 
 START = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
 SECONDS = itertools.count()
@@ -818,6 +818,17 @@ def test_a_wrong_value_in_a_row_is_not_a_point(make_driver):
         driver.name_point({"pretrain.declutr.max_span": 512})
 
 
+def test_an_arm_that_lost_a_seed_is_not_compared_by_the_others(make_driver):
+    driver = make_driver({"search.num_arms": 3, "search.seeds": [0, 1], "search.confirm": {"top": 1, "seeds": [9]}})
+    lucky = driver.next()
+    driver.finish(lucky, value=0.99)
+    driver.finish(driver.next(), "failed")
+    driver.run()
+    assert lucky.arm not in driver.search.scores
+    assert lucky.arm not in {request.arm for request in driver.requests if request.phase == "confirm"}
+    assert driver.search.arms[lucky.arm].trial.study.trials[0].state.name == "FAIL"
+
+
 # Early stopping
 
 
@@ -833,6 +844,7 @@ def write_scores(folder, job, name, values, *, phase="search"):
     """A trial whose target was `values` at rungs 1, 2 and so on."""
     row = {
         **list_measures(job), "arm": name, "seed": 0, "phase": phase,
+        "measures": digest_measures(list_measures(job), job.search.space),
         "status": "running", "rung": len(values), "num_rungs": 4, "started_at": START,
     }  # fmt: skip
     write_rows(folder, job.name, "trials", f"{name}-0", [row | {"rung_values": list(values)}])
@@ -860,6 +872,27 @@ def test_a_bad_trial_is_stopped_and_a_good_one_goes_on(make_job, tmp_path, capfd
     write_scores(tmp_path, job, "good", [0.8, 0.9])
     assert judge(tmp_path, job, "good", 2)
     assert "".join(capfd.readouterr()) == ""
+
+
+@pytest.mark.parametrize(
+    "changes", [{"pretrain.rungs": 2}, {"pretrain.num_tokens": 99_000}, {"search.targets": [{**TARGET, "metric": "accuracy"}]}]
+)
+def test_values_of_other_rungs_budgets_and_targets_stop_no_trial(make_job, tmp_path, changes):
+    """A finished job that is asked for more: its old values stay in the tables until its trials ran again."""
+    job, earlier = make_stopping(make_job), make_stopping(make_job, changes)
+    for index, value in enumerate((0.4, 0.5, 0.6, 0.7)):
+        write_scores(tmp_path, earlier, f"other{index}", [value])
+    write_scores(tmp_path, job, "new", [0.3])
+    assert judge(tmp_path, job, "new", 1)
+
+
+def test_a_damaged_file_of_another_trial_fails_none(make_job, tmp_path):
+    job = make_stopping(make_job)
+    write_scores(tmp_path, job, "good", [0.8])
+    write_scores(tmp_path, job, "damaged", [0.9])
+    path = table_path(tmp_path, job.name, "trials", "damaged-0")
+    path.write_bytes(path.read_bytes()[:-100])
+    assert judge(tmp_path, job, "good", 1)
 
 
 def test_the_first_trial_goes_on(make_job, tmp_path):
