@@ -875,7 +875,8 @@ def test_a_bad_trial_is_stopped_and_a_good_one_goes_on(make_job, tmp_path, capfd
 
 
 @pytest.mark.parametrize(
-    "changes", [{"pretrain.rungs": 2}, {"pretrain.num_tokens": 99_000}, {"search.targets": [{**TARGET, "metric": "accuracy"}]}]
+    "changes",
+    [{"pretrain.rungs": 2}, {"pretrain.num_tokens": 99_000}, {"search.targets": [{**TARGET, "metric": "accuracy"}]}],
 )
 def test_values_of_other_rungs_budgets_and_targets_stop_no_trial(make_job, tmp_path, changes):
     """A finished job that is asked for more: its old values stay in the tables until its trials ran again."""

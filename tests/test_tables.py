@@ -39,8 +39,8 @@ TIME = pa.timestamp("us", tz="UTC")
 EXPECTED = {
     "trials": {
         "job": "string", "trial_id": "string", "arm": "string", "phase": "string", "seed": "int64", "status": "string",
-        "rung": "int64", "num_rungs": "int64", "target_values": "string", "rung_values": "string", 
-        "search.targets": "string",
+        "rung": "int64", "num_rungs": "int64", "target_values": "string", "rung_values": "string",
+        "search.targets": "string", "measures": "string",
         "supervised_by": "string",
         "effective_spans": "string",
         "attempts": "int64", "wall_seconds": "double", "gpu_seconds": "double", "device": "string",
