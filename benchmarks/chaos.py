@@ -44,7 +44,19 @@ UNLIKE = {
 }  # fmt: skip
 KEYS = {
     "trials": ("trial_id",),
-    "scores": ("trial_id", "rung", "task", "split", "shots", "frozen_layers", "probe", "draw", "metric"),
+    "scores": ("trial_id", "rung", "task", "split", "shots", "frozen_layers", "probe", "draw", "metric", "class"),
+    "confusions": (
+        "trial_id",
+        "rung",
+        "task",
+        "split",
+        "shots",
+        "frozen_layers",
+        "probe",
+        "draw",
+        "class",
+        "predicted",
+    ),
     "geometry": ("trial_id", "rung", "task", "split", "metric", "parameter"),
     "curves": ("trial_id", "step", "metric"),
     "stages": ("trial_id", "stage_id"),

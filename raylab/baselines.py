@@ -1,5 +1,6 @@
 """Baselines on the same draws as the arms: the majority class, and TF-IDF with logistic regression."""
 
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,24 +17,41 @@ from sklearn.linear_model import LogisticRegression
 from raylab.blocks import PARTS
 from raylab.corpus import TEST, TRAIN, VALIDATION, SplitCorpus, digest_column
 from raylab.evaluation import list_draws
-from raylab.scores import compute_scores
+from raylab.labels import to_array
+from raylab.scores import list_confusions, list_scores
 from raylab.specs import Job
 from raylab.stages import Stage, build_stage
 from raylab.tables import now, read_rows, read_trial, write_rows
 
-Ints = NDArray[np.int64]
+Labels = NDArray[Any]
 TFIDF_C = 10.0
 TFIDF_FEATURES = 50_000
 
 
-def fit_majority(train_x: Any, train_y: Ints, eval_x: Any, num_classes: int) -> NDArray[np.float64]:
-    """The shares of the classes among the drawn rows, for every text; ties go to the first class."""
+def fit_majority(train_x: Any, train_y: Labels, eval_x: Any, num_classes: int) -> NDArray[np.float64]:
+    """The shares of the classes among the drawn rows, for every text; ties go to the first class.
+
+    Multi-label: each label's share of the drawn rows in which it is known; 0 where there are none.
+    """
+    if train_y.ndim == 2:
+        known = np.maximum((train_y >= 0).sum(axis=0), 1)
+        return np.tile((train_y == 1).sum(axis=0) / known, (eval_x.shape[0], 1))
     shares = np.bincount(train_y, minlength=num_classes) / len(train_y)
     return np.tile(shares, (eval_x.shape[0], 1))
 
 
-def fit_tfidf(train_x: Any, train_y: Ints, eval_x: Any, num_classes: int) -> NDArray[np.float64]:
-    """Logistic regression (C = 10) on TF-IDF features [n, F]; probabilities [m, num_classes]."""
+def fit_tfidf(train_x: Any, train_y: Labels, eval_x: Any, num_classes: int) -> NDArray[np.float64]:
+    """Logistic regression (C = 10) on TF-IDF features [n, F]; probabilities [m, num_classes].
+
+    Multi-label: one for each label, on the rows in which it is known, against the rest.
+    """
+    if train_y.ndim == 2:
+        probabilities = fit_majority(train_x, train_y, eval_x, num_classes)
+        for label, column in enumerate(train_y.T):
+            known = np.flatnonzero(column >= 0)
+            if len(known):
+                probabilities[:, label] = fit_tfidf(train_x[known], column[known].astype(np.int64), eval_x, 2)[:, 1]
+        return probabilities
     # A word that no drawn text has gets a weight of exactly 0: leaving it out changes nothing but the time.
     used = np.flatnonzero(train_x.getnnz(axis=0))
     if len(np.unique(train_y)) < 2 or not len(used):
@@ -64,7 +82,7 @@ FEATURES: dict[str, Callable[[pa.ChunkedArray, pa.ChunkedArray], tuple[Any, Any]
     "majority": count_nothing,
     "tfidf": count_words,
 }
-BASELINES: dict[str, Callable[[Any, Ints, Any, int], NDArray[np.float64]]] = {
+BASELINES: dict[str, Callable[[Any, Labels, Any, int], NDArray[np.float64]]] = {
     "majority": fit_majority,
     "tfidf": fit_tfidf,
 }
@@ -89,16 +107,20 @@ def score_baselines(
     for name, fit in BASELINES.items():
         started = now()
         scores: list[dict[str, Any]] = []
+        confusions: list[dict[str, Any]] = []
         used = []
         for task in job.evaluate.tasks or job.corpus.tasks:
             stage = _score_task(results, job, split, seed, name, fit, task, sealed, memory)
             used.append(stage)
-            scores += [row | {"rung": 1, "task": task} for row in stage.info["scores"]]
+            rows = json.loads((stage.path / "rows.json").read_text())
+            scores += [row | {"rung": 1, "task": task} for row in rows["scores"]]
+            confusions += [row | {"rung": 1, "task": task} for row in rows["confusions"]]
         stages += used
         trial_id = f"baseline:{name}-{seed}"
-        if not sealed and _is_written(results, job.name, trial_id, scores):
+        if not sealed and _is_written(results, job.name, trial_id, scores, confusions):
             continue
         write_rows(results, job.name, "scores", trial_id, scores, ".test" if sealed else "")
+        write_rows(results, job.name, "confusions", trial_id, confusions, ".test" if sealed else "")
         if not sealed:
             row = {
                 "arm": f"baseline:{name}",
@@ -118,11 +140,15 @@ def score_baselines(
     return stages
 
 
-def _is_written(results: Path, job: str, trial_id: str, scores: list[dict[str, Any]]) -> bool:
-    """Whether the tables hold a baseline with just these scores: then it keeps the times of when it was made."""
-    known = read_rows(results, job, "scores", trial_id)
-    same = len(known) == len(scores) and all(row.items() >= new.items() for row, new in zip(known, scores, strict=True))
-    return same and read_trial(results, job, trial_id) is not None
+def _is_written(
+    results: Path, job: str, trial_id: str, scores: list[dict[str, Any]], confusions: list[dict[str, Any]]
+) -> bool:
+    """Whether the tables hold a baseline with just these rows: then it keeps the times of when it was made."""
+    for table, rows in (("scores", scores), ("confusions", confusions)):
+        known = read_rows(results, job, table, trial_id)
+        if len(known) != len(rows) or not all(k.items() >= new.items() for k, new in zip(known, rows, strict=True)):
+            return False
+    return read_trial(results, job, trial_id) is not None
 
 
 def _score_task(
@@ -137,7 +163,7 @@ def _score_task(
     memory: dict[Any, Any],
 ) -> Stage:
     table, part = split.open[task], TEST if sealed else VALIDATION
-    rows = {column: table[column].to_numpy() for column in ("label", "group", "part")}
+    rows = {column: to_array(table[column]) for column in ("label", "group", "part")}
     held_out = split.sealed[task] if sealed else table.filter(table["part"].to_numpy() == VALIDATION)
     key = {
         "baseline": name,
@@ -150,20 +176,22 @@ def _score_task(
     }
 
     def build(folder: Path) -> dict[str, Any]:
-        num_classes, eval_y = len(split.classes[task]), held_out["label"].to_numpy()
+        classes, eval_y = split.classes[task], to_array(held_out["label"])
         train = np.flatnonzero(rows["part"] == TRAIN)
         if (name, task, split.stored_digest) not in memory:
             texts = (table["text"].take(train), held_out["text"])
             memory[name, task, split.stored_digest] = FEATURES[name](*texts)
         train_x, eval_x = memory[name, task, split.stored_digest]
-        scores = []
+        scores: list[dict[str, Any]] = []
+        confusions: list[dict[str, Any]] = []
         for draw in list_draws(rows, task, job.evaluate, seed):
             chosen = np.searchsorted(train, draw.rows)
-            probabilities = fit(train_x[chosen], rows["label"][draw.rows], eval_x, num_classes)
-            for metric, value in compute_scores(eval_y, probabilities).items():
-                cell = {"split": PARTS[part], "shots": draw.shots, "draw": draw.draw, "metric": metric}
-                sizes = {"num_train": len(draw.rows), "num_eval": len(eval_y)}
-                scores.append({**cell, **sizes, "value": None if np.isnan(value) else value})
-        return {"scores": scores}
+            probabilities = fit(train_x[chosen], rows["label"][draw.rows], eval_x, len(classes))
+            cell = {"split": PARTS[part], "shots": draw.shots, "draw": draw.draw}
+            sizes = {"num_train": len(draw.rows), "num_eval": len(eval_y)}
+            scores += [cell | row | sizes for row in list_scores(eval_y, probabilities, classes)]
+            confusions += [cell | row for row in list_confusions(eval_y, probabilities, classes)]
+        (folder / "rows.json").write_text(json.dumps({"scores": scores, "confusions": confusions}, allow_nan=False))
+        return {}
 
     return build_stage(results, "baseline", key, build)

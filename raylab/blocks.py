@@ -7,8 +7,10 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     StringConstraints,
+    Tag,
     model_validator,
 )
 
@@ -36,8 +38,8 @@ class Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)
 
 
-class Table(Model):
-    """A table of texts: files by `path`, or a query by `sql` (DuckDB), and the columns to read."""
+class Source(Model):
+    """A table: files by `path`, or a query by `sql` (DuckDB)."""
 
     path: str | None = Field(None, description="a file, a folder of files of one kind, or a saved Hugging Face dataset")
     sql: str | None = Field(
@@ -45,9 +47,6 @@ class Table(Model):
     )
     root: str | None = Field(None, description="where relative paths in `sql` start; the job file's folder by default")
     format: Literal["csv", "jsonl", "parquet", "hf"] | None = Field(None, description="null: by the file's ending")
-    text: str
-    id: str | None = Field(None, description="a column of unique row names; null: rows are numbered")
-    group: str | None = Field(None, description="rows of one group (a patient) never stand on two sides of a split")
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -60,11 +59,71 @@ class Table(Model):
         return self
 
 
-class Task(Table):
-    """A table of texts with a label to predict."""
+class Table(Source):
+    """A table of texts, and the columns to read."""
 
-    label: str
+    text: str
+    id: str | None = Field(None, description="a column of unique row names; null: rows are numbered")
+    group: str | None = Field(None, description="rows of one group (a patient) never stand on two sides of a split")
+
+
+# A column's name, or a list of names.
+Columns = Annotated[
+    Annotated[str, Tag("Column")] | Annotated[tuple[str, ...], Field(min_length=1), Tag("Columns")],
+    Discriminator(lambda value: "Columns" if isinstance(value, list | tuple) else "Column"),
+]
+
+
+class Labels(Source):
+    """A separate table of labels: a row belongs to the text of the same id."""
+
+    id: str
+    label: Columns
+
+
+class Task(Table):
+    """A table of texts with a label to predict, or with several.
+
+    `label` names a column of classes; or columns of 0 and 1 (true and false; null: not known), one a label; or, with
+    `multi_label`, a column of lists of labels, or of strings that `separator` cuts into labels.
+    """
+
+    label: Columns | None = Field(None, description="a column, or a list of columns of 0 and 1; null: see labels")
+    labels: Labels | None = Field(None, description="where the labels stand when in no column here; joined by id")
+    multi_label: bool = Field(False, description="the column holds lists of labels; implied by a list of columns")
+    separator: str | None = Field(None, min_length=1, description="multi_label: what stands between labels of a string")
     min_class_size: int = Field(1, ge=1, description="classes with fewer training rows are left out, counted")
+
+    @model_validator(mode="after")
+    def _labels_fit(self) -> Self:
+        if (self.label is None) == (self.labels is None):
+            raise ValueError("needs exactly one of 'label' (columns of this table) and 'labels' (a table of its own)")
+        problems: list[str] = []
+        columns = self.label_columns()
+        if self.labels is not None and self.id is None:
+            problems.append("'labels' needs 'id', by which its rows are joined")
+        if len(set(columns)) < len(columns):
+            problems.append("'label' names a column twice")
+        if self.separator is not None and self.has_sides():
+            problems.append("'separator' is for one column: leave it out, or name one column")
+        elif self.separator is not None and not self.multi_label:
+            problems.append("'separator' needs 'multi_label: true'")
+        if problems:
+            raise ValueError("; and ".join(problems))
+        return self
+
+    def label_columns(self) -> tuple[str, ...]:
+        """The columns of the labels, here or in the table of `labels`."""
+        label = self.label if self.labels is None else self.labels.label
+        return (label,) if isinstance(label, str) else label or ()
+
+    def has_sides(self) -> bool:
+        """Whether each label has a column of its own, of 0 and 1."""
+        return not isinstance(self.label if self.labels is None else self.labels.label, str)
+
+    def is_multi_label(self) -> bool:
+        """Whether a row may have several labels, or none."""
+        return self.multi_label or self.has_sides()
 
 
 class Split(Model):

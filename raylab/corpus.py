@@ -10,16 +10,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from raylab.blocks import PARTS, Corpus
+from raylab.blocks import PARTS, Corpus, Task
 from raylab.identity import digest
+from raylab.labels import check_classes, code_labels, code_values, is_labelled, join_labels, pack_labels, to_array
 from raylab.mistakes import JobError
 from raylab.noise import derive_seed
-from raylab.sources import read_source
+from raylab.sources import read_labels, read_source
 from raylab.specs import Job
 from raylab.stages import Stage, build_stage
 
 TRAIN, VALIDATION, TEST = range(3)
 DOCUMENTS = "documents"
+# Shared texts, and such with the label, from which on a metadata field may be found to give a label away.
+SHARED_TEXTS, SHARED_POSITIVES = 20, 10
 
 
 class ReadCorpus(NamedTuple):
@@ -33,7 +36,8 @@ class SplitCorpus(NamedTuple):
     """A corpus under one split.
 
     `open` holds the training and validation rows, `sealed` the test rows; columns: text, group (int64 code), part
-    (int8: 0 train, 1 validation, 2 test), label (int64, tasks) and one int64 column for each metadata field (-1: none).
+    (int8: 0 train, 1 validation, 2 test), label (tasks: int64, or, of a multi-label task, int8 of the fixed size L: 1,
+    0, or -1 where it is not known; see `to_array`) and one int64 column for each metadata field (-1: none).
     """
 
     open: dict[str, pa.Table]
@@ -66,12 +70,17 @@ def read_corpus(corpus: Corpus, fields: Collection[str]) -> ReadCorpus:
     counts: dict[str, dict[str, int]] = {}
     column = corpus.split.column
     wanted = {DOCUMENTS: (corpus.documents, [*fields])} | {
-        name: (task, [task.label]) for name, task in corpus.tasks.items()
+        name: (task, [] if task.labels is not None else [*task.label_columns()]) for name, task in corpus.tasks.items()
     }
     for name, (source, categories) in wanted.items():
         where = "corpus.documents" if name == DOCUMENTS else f"corpus.tasks.{name}"
         needed = [*categories, *([column] if column else [])]
         table, counts[name] = read_source(source, where, categories=list(dict.fromkeys(needed)), problems=problems)
+        gold = None
+        if isinstance(source, Task) and source.labels is not None:
+            gold = read_labels(source, f"{where}.labels", problems=problems)
+        if table is not None and gold is not None:
+            table = join_labels(table, gold, f"{where}.labels", counts[name], problems)
         if table is not None:
             tables[name] = table
     grouped = [name for name, (source, _) in wanted.items() if source.group is not None]
@@ -146,21 +155,25 @@ def split_corpus(read: ReadCorpus, corpus: Corpus, fields: Collection[str], seed
         keep = np.ones(len(table), dtype=bool)
         if name == DOCUMENTS:
             for field in fields:
-                columns[field], categories[field] = _code(table[field], part, 1)
+                columns[field], categories[field] = code_values(table[field], part == TRAIN, 1)
                 counts[name][f"without_{field}"] = int((columns[field] < 0).sum())
                 if len(categories[field]) < 2:
                     problems.append(f"pretrain.metadata.field: '{field}' has under two values in the training rows")
         else:
             task = corpus.tasks[name]
-            columns["label"], classes[name] = _code(table[task.label], part, task.min_class_size)
-            keep = columns["label"] >= 0
-            unlabelled = table[task.label].null_count
+            coded_labels = code_labels(table, task, part == TRAIN)
+            classes[name] = coded_labels.classes
+            if problem := check_classes(task, coded_labels):
+                problems.append(f"{where}{'.labels' if task.labels else ''}.label: {problem}")
+            codes = coded_labels.codes
+            if problem and (codes.ndim == 2 or len(classes[name]) > 2):
+                continue  # nothing to count rows by
+            keep = is_labelled(codes)
+            columns["label"] = codes if codes.ndim == 1 else pack_labels(codes)
+            unlabelled = coded_labels.unlabelled
             counts[name] |= {"unlabelled": unlabelled, "rare_or_unseen_class": int((~keep).sum()) - unlabelled}
-            if len(classes[name]) < 2:
-                problems.append(
-                    f"{where}.label: '{task.label}' has {len(classes[name])} class(es) with {task.min_class_size} or "
-                    "more training rows; a task needs two: check the column, lower min_class_size or drop the task"
-                )
+            if codes.ndim == 2:
+                counts[name]["labels_left_out"] = coded_labels.left_out
         coded[name] = pa.table(columns).filter(pa.array(keep))
         kept[name] = np.flatnonzero(keep)
         for code, part_name in enumerate(PARTS):
@@ -183,24 +196,16 @@ def split_corpus(read: ReadCorpus, corpus: Corpus, fields: Collection[str], seed
     digests = stored
     if corpus.split.vary:
         # Every row trains in some trial: what was read and the rules of the split, not one split, name the arms.
-        rules: dict[str, Any] = {name: task.min_class_size for name, task in corpus.tasks.items()}
+        rules: dict[str, Any] = {
+            name: [task.min_class_size, task.is_multi_label()] if task.is_multi_label() else task.min_class_size
+            for name, task in corpus.tasks.items()
+        }
         rules[DOCUMENTS] = corpus.split.model_dump(mode="json")
         digests = _digest_tables(read.tables, fields, rules)
     supervised_by = _find_supervision(opened, corpus, fields)
     return SplitCorpus(
         opened, sealed, classes, categories, counts, digests, digest(stored), supervised_by, open_places, sealed_places
     )
-
-
-def _code(column: pa.ChunkedArray, part: NDArray[np.int8], smallest: int) -> tuple[NDArray[np.int64], list[str]]:
-    """Codes by the sorted values that have `smallest` training rows or more; -1 for null and all others."""
-    encoded = column.combine_chunks().dictionary_encode()
-    values = encoded.dictionary.to_pylist()
-    indices = encoded.indices.fill_null(len(values)).to_numpy(zero_copy_only=False)
-    sizes = np.bincount(indices[part == TRAIN], minlength=len(values) + 1)[: len(values)]
-    kept = sorted(value for value, size in zip(values, sizes, strict=True) if size >= max(smallest, 1))
-    lookup = {value: code for code, value in enumerate(kept)}
-    return np.array([*(lookup.get(value, -1) for value in values), -1], dtype=np.int64)[indices], kept
 
 
 def _count_crossing(coded: dict[str, pa.Table]) -> int:
@@ -213,6 +218,8 @@ def digest_column(column: pa.ChunkedArray) -> str:
     """Digest of the values and their order, whatever their chunks."""
     if column.null_count:
         column = pc.fill_null(column, "\0")
+    if pa.types.is_fixed_size_list(column.type):
+        column = pa.chunked_array([to_array(column).ravel()])
     array = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
     if pa.types.is_large_string(array.type):
         array = array.take(pa.array(np.arange(len(array))))  # compact: offsets from 0, no slice
@@ -240,23 +247,43 @@ def _digest_tables(tables: dict[str, pa.Table], fields: Collection[str], names: 
 
 
 def _find_supervision(opened: dict[str, pa.Table], corpus: Corpus, fields: Collection[str]) -> dict[str, str]:
-    """Metadata fields that give a task's label away: the same column name, or one to one on shared texts."""
+    """Metadata fields that give a task's label away: the same column name, or one to one on shared texts.
+
+    Of a multi-label task it is enough that one of its labels is one value of the field.
+    """
     found: dict[str, str] = {}
     for field in fields:
         for name, task in corpus.tasks.items():
-            if task.label == field:
+            if field in task.label_columns():
                 found[field] = name
                 continue
             # Distinct rows: texts that are often repeated would meet each other in the join.
             fielded = opened[DOCUMENTS].select(["text", field]).rename_columns(["text", "field"])
             fielded = fielded.filter(pc.greater_equal(fielded["field"], 0)).group_by(["text", "field"]).aggregate([])
+            if task.is_multi_label():
+                if _gives_label_away(fielded, opened[name]):
+                    found[field] = name
+                continue
             labelled = opened[name].group_by(["text", "label"]).aggregate([])
             both = fielded.join(labelled, "text", join_type="inner")
             pairs = both.group_by(["field", "label"]).aggregate([])
             num_fields, num_labels = (pc.count_distinct(pairs[column]).as_py() for column in ("field", "label"))
-            if len(both) >= 20 and num_labels > 1 and len(pairs) == num_fields == num_labels:
+            if len(both) >= SHARED_TEXTS and num_labels > 1 and len(pairs) == num_fields == num_labels:
                 found[field] = name
     return found
+
+
+def _gives_label_away(fielded: pa.Table, labelled: pa.Table) -> bool:
+    """Whether some label stands on all shared texts of one value of the field, and on no others."""
+    rows = pa.table({"text": labelled["text"], "row": np.arange(len(labelled))})
+    both = fielded.join(rows, "text", join_type="inner")
+    values, labels = both["field"].to_numpy(), to_array(labelled["label"])[both["row"].to_numpy()]
+    for column in labels.T:
+        with_label, without = np.unique(values[column == 1]), np.unique(values[column == 0])
+        enough = (column >= 0).sum() >= SHARED_TEXTS and (column == 1).sum() >= SHARED_POSITIVES
+        if enough and len(with_label) == 1 and len(without) and with_label[0] not in without:
+            return True
+    return False
 
 
 def store_corpus(results: Path, split: SplitCorpus) -> Stage:
@@ -271,7 +298,8 @@ def store_corpus(results: Path, split: SplitCorpus) -> Stage:
         digests |= {f"metadata:{field}": digest_column(documents[field]) for field in split.categories}
         for name in split.classes:
             columns = [split.open[name][column] for column in ("part", "group", "label")]
-            digests[f"task:{name}"] = digest([digest_column(column) for column in columns])
+            # Scores name the classes.
+            digests[f"task:{name}"] = digest([*map(digest_column, columns), split.classes[name]])
         return {
             "digests": digests,
             "classes": split.classes,
@@ -285,7 +313,7 @@ def store_corpus(results: Path, split: SplitCorpus) -> Stage:
 
 
 def open_rows(folder: Path, table: str) -> dict[str, NDArray[Any]]:
-    """The coded columns of a stored table: group, part, and label or metadata fields."""
+    """The coded columns of a stored table: group, part, and label ([n], or multi-label [n, L]) or metadata fields."""
     with pa.memory_map(str(folder / f"{table}.arrow")) as file:
         rows = pa.ipc.open_file(file).read_all()
-    return {name: rows[name].to_numpy() for name in rows.column_names}
+    return {name: to_array(rows[name]) for name in rows.column_names}

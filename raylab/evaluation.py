@@ -18,7 +18,7 @@ from raylab.geometry import measure_geometry
 from raylab.identity import digest
 from raylab.noise import derive_seed
 from raylab.probes import PROBES
-from raylab.scores import compute_scores
+from raylab.scores import list_confusions, list_scores
 from raylab.specs import TrialSpec
 from raylab.stages import FOLDER, Stage, build_stage, read_info
 from raylab.tokens import TokenStore, Vocabulary, open_tokens
@@ -35,9 +35,10 @@ class Draw(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """Rows for `scores` and `geometry`, and the stages used."""
+    """Rows for `scores`, `confusions` and `geometry`, and the stages used."""
 
     scores: list[dict[str, Any]]
+    confusions: list[dict[str, Any]]
     geometry: list[dict[str, Any]]
     stages: list[Stage]
 
@@ -70,13 +71,14 @@ def evaluate_encoder(spec: TrialSpec, stage_id: str, rung: int, open_encoder: Ca
             opened.append(open_encoder())
         return opened[0]
 
-    result = Evaluation([], [], [])
+    result = Evaluation([], [], [], [])
     for task in spec.settings.evaluate.tasks or spec.settings.corpus.tasks:
         result.stages.extend(_evaluate_task(spec, stage_id, task, model))
         done = result.stages[-1]
         rows = json.loads((done.path / "rows.json").read_text())
         common = {"rung": rung, "task": task, "split": "validation"}
         result.scores.extend(common | row for row in rows["scores"])
+        result.confusions.extend(common | row for row in rows["confusions"])
         result.geometry.extend(common | row for row in rows["geometry"])
     return result
 
@@ -122,7 +124,7 @@ def measure_task(
     model: Callable[[], nn.Module],
     open_embeddings: Callable[[TokenStore, Ints], NDArray[np.float32]],
 ) -> dict[str, list[dict[str, Any]]]:
-    """Scores and geometry of an encoder on a task's validation rows, as plain rows; nothing is kept.
+    """Scores, confusions and geometry of an encoder on a task's validation rows, as plain rows; nothing is kept.
 
     `open_embeddings(store, rows)` gives the embeddings [len(rows), D] of some rows of the task.
     """
@@ -133,7 +135,7 @@ def measure_task(
     draws = list(list_draws(rows, task, evaluate, spec.seed))
     needed = np.unique(np.concatenate([validation, *(draw.rows for draw in draws)]))
     x = open_embeddings(store, needed)
-    scores = score_draws(
+    scores, confusions = score_draws(
         spec, model, task, draws, rows["label"], rows["group"], store,
         train_x=lambda chosen: x[np.searchsorted(needed, chosen)],
         eval_x=x[np.searchsorted(needed, validation)],
@@ -141,9 +143,11 @@ def measure_task(
         eval_store=store,
         eval_rows=validation,
     )  # fmt: skip
+    labels = rows["label"][validation]
     geometry = measure_geometry(
         np.asarray(x[np.searchsorted(needed, validation)]),
-        rows["label"][validation],
+        # A row may have several labels: no classes, so only what needs none is measured.
+        labels if labels.ndim == 1 else np.full(len(labels), -1),
         thresholds=evaluate.geometry.thresholds,
         max_points=evaluate.geometry.max_points,
         graph_points=evaluate.geometry.graph_points,
@@ -151,7 +155,8 @@ def measure_task(
         seed=derive_seed("geometry"),
     )
     return {
-        "scores": list(scores),
+        "scores": scores,
+        "confusions": confusions,
         "geometry": [row._asdict() | {"value": None if np.isnan(row.value) else row.value} for row in geometry],
     }
 
@@ -192,19 +197,25 @@ def score_draws(
     model: Callable[[], nn.Module],
     task: str,
     draws: list[Draw],
-    labels: Ints,
+    labels: NDArray[Any],
     groups: Ints,
     store: TokenStore,
     *,
     train_x: Any,
     eval_x: NDArray[np.float32],
-    eval_y: Ints,
+    eval_y: NDArray[Any],
     eval_store: TokenStore,
     eval_rows: Ints,
-) -> Iterator[dict[str, Any]]:
-    """Rows of scores for every shots, draw, freeze depth, probe and metric. `train_x(rows)` gives embeddings [n, D]."""
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of scores and of confusions for every shots, draw, freeze depth and probe.
+
+    `train_x(rows)` gives embeddings [n, D].
+    """
     evaluate, root = spec.settings.evaluate, Path(spec.results) / FOLDER
-    num_classes = len(read_info(root / spec.corpus)["classes"][task])
+    classes = read_info(root / spec.corpus)["classes"][task]
+    num_classes = len(classes)
+    scores: list[dict[str, Any]] = []
+    confusions: list[dict[str, Any]] = []
     vocabulary = Vocabulary(**read_info(root / spec.tokenizer))
     for draw in draws:
         train_y = labels[draw.rows]
@@ -223,14 +234,8 @@ def score_draws(
                         num_classes=num_classes, seed=seed % 2**32, selection=evaluate.selection,
                         groups=groups[draw.rows],
                     )  # fmt: skip
-                for metric, value in compute_scores(eval_y, probabilities).items():
-                    yield {
-                        "shots": draw.shots,
-                        "frozen_layers": depth,
-                        "probe": probe,
-                        "draw": draw.draw,
-                        "metric": metric,
-                        "value": None if np.isnan(value) else value,
-                        "num_train": len(draw.rows),
-                        "num_eval": len(eval_y),
-                    }
+                cell = {"shots": draw.shots, "frozen_layers": depth, "probe": probe, "draw": draw.draw}
+                sizes = {"num_train": len(draw.rows), "num_eval": len(eval_y)}
+                scores += [cell | row | sizes for row in list_scores(eval_y, probabilities, classes)]
+                confusions += [cell | row for row in list_confusions(eval_y, probabilities, classes)]
+    return scores, confusions

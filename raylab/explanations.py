@@ -39,7 +39,8 @@ def explain(error: ValidationError, within: typing.Sequence[Any] = ()) -> list[s
 
 
 def _is_union_type(part: Any) -> bool:
-    return isinstance(part, str) and (part in ("Choices", "Range") or part.startswith(("constrained-", "literal[")))
+    tags = ("Choices", "Range", "Column", "Columns")
+    return isinstance(part, str) and (part in tags or part.startswith(("constrained-", "literal[")))
 
 
 def _explain_detail(location: typing.Sequence[Any], detail: dict[str, Any]) -> str:
@@ -99,4 +100,4 @@ def valid_names(location: typing.Sequence[Any]) -> list[str]:
             model = model_of(arguments[1 if typing.get_origin(holder) is dict else 0])
         else:
             model = model_of(field.annotation)
-    return list(model.model_fields) if model else []
+    return [field.alias or name for name, field in model.model_fields.items()] if model else []

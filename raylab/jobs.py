@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from raylab.designs import check_design
 from raylab.explanations import explain, inner_types
 from raylab.mistakes import JobError
+from raylab.paths import resolve_encoder, resolve_paths
 from raylab.settings import (
     ARM_BLOCKS,
     GEOMETRY_METRICS,
@@ -115,42 +116,6 @@ def merge(base: dict[str, Any], variant: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _resolve_paths(raw: dict[str, Any], folder: Path, data: Path | None) -> None:
-    """Makes the file's own relative paths absolute, in place; `data` moves corpus files there by name."""
-
-    def absolute(path: str) -> str:
-        return path if "://" in path else str((folder / path).resolve())
-
-    corpus = raw.get("corpus")
-    tables: list[Any] = []
-    if isinstance(corpus, dict):
-        tasks = corpus.get("tasks")
-        tables = [corpus.get("documents"), *(tasks.values() if isinstance(tasks, dict) else ())]
-    for table in tables:
-        if not isinstance(table, dict):
-            continue
-        if isinstance(table.get("path"), str):
-            table["path"] = str((data / Path(table["path"]).name).resolve()) if data else absolute(table["path"])
-        if isinstance(table.get("sql"), str):
-            table.setdefault("root", ".")
-        elif "sql" in table:  # a variant that leaves the query leaves its root too
-            table.setdefault("root", None)
-        if isinstance(table.get("root"), str):
-            table["root"] = str(data.resolve()) if data else absolute(table["root"])
-    encoder = raw.get("encoder")
-    if isinstance(encoder, dict) and isinstance(encoder.get("pretrained"), str):
-        encoder["pretrained"] = resolve_encoder(encoder["pretrained"], folder)
-    search = raw.get("search")
-    if isinstance(search, dict) and isinstance(search.get("space"), str):
-        search["space"] = absolute(search["space"])
-
-
-def resolve_encoder(name: str, folder: Path) -> str:
-    """A name with a leading dot or an existing folder is a directory; anything else a Hugging Face name."""
-    path = folder / Path(name).expanduser()
-    return str(path.resolve()) if name.startswith((".", "~", "/")) or path.is_dir() else name
-
-
 def _read_space(path: Path) -> dict[str, Any]:
     space = read_yaml(path)
     encoder = space.get("encoder.pretrained")
@@ -168,7 +133,7 @@ def _read_chain(path: Path, data: Path | None, seen: tuple[Path, ...] = ()) -> t
     base_name = own.pop("base", None)
     if base_name is not None and not isinstance(base_name, str):
         raise JobError([f"base: must be the path of one job file, not {base_name!r}"])
-    _resolve_paths(own, path.parent, data)
+    resolve_paths(own, path.parent, data)
     if base_name is None:
         return own, own
     base_path = path.parent / base_name
@@ -195,7 +160,7 @@ def load_job(path: Path, *, overrides: Mapping[str, Any] | None = None, data: Pa
         block: Any = value
         for part in reversed(parts):
             block = {part: block}
-        _resolve_paths(block, Path.cwd(), data)
+        resolve_paths(block, Path.cwd(), data)
         raw, own = merge(raw, block), merge(own, block)
     return check_job(_fill_space(raw), own)
 
@@ -337,8 +302,8 @@ def _check_references(job: Job) -> list[str]:
         if target.task not in evaluated:
             problems.append(f"{where}.task: '{target.task}' is not evaluated; {near(target.task, evaluated)}")
         if target.table == "geometry":
-            if {"shots", "probe", "frozen_layers"} & target.model_fields_set:
-                problems.append(f"{where}: geometry has no shots, probe or frozen_layers; leave them out")
+            if {"shots", "probe", "frozen_layers", "class_name"} & target.model_fields_set:
+                problems.append(f"{where}: geometry has no shots, probe, frozen_layers or class; leave them out")
             if target.metric not in GEOMETRY_METRICS:
                 problems.append(
                     f"{where}.metric: '{target.metric}' is not measured; {near(target.metric, GEOMETRY_METRICS)}"
@@ -350,6 +315,11 @@ def _check_references(job: Job) -> list[str]:
             continue
         if target.metric not in SCORE_METRICS:
             problems.append(f"{where}.metric: '{target.metric}' is not measured; {near(target.metric, SCORE_METRICS)}")
+        elif target.metric.endswith("_class") != (target.class_name is not None):
+            fix = "is of one class: name it" if target.class_name is None else "is of all classes: leave it out"
+            problems.append(f"{where}.class: '{target.metric}' {fix}")
+        if target.metric == "calibration_error" and target.mode == "max":
+            problems.append(f"{where}.mode: lower is better for calibration_error; set it to min")
         if target.parameter is not None:
             problems.append(f"{where}.parameter: belongs to geometry; leave it out")
         for name, value in (("shots", target.shots), ("frozen_layers", target.frozen_layers), ("probes", target.probe)):

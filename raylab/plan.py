@@ -16,6 +16,7 @@ from raylab.designs import count_trials, list_levels, list_points
 from raylab.explanations import explain
 from raylab.hygiene import check_corpus, print_hygiene
 from raylab.identity import digest
+from raylab.labels import to_array
 from raylab.mistakes import JobError
 from raylab.preparation import Preparation, make_spec, name_point, prepare
 from raylab.rungs import list_rungs
@@ -165,13 +166,14 @@ def _describe_tables(preparation: Preparation, base: TrialSpec) -> list[dict[str
             else {f: split.categories[f] for f in metadata_fields(preparation.job)}
         )
         for column, names in groups.items():
-            codes = table[column].to_numpy()
+            codes = to_array(table[column])
             for code, class_name in enumerate(names):
-                here = lengths[codes == code]
+                members = codes == code if codes.ndim == 1 else codes[:, code] == 1
+                here = lengths[members]
                 row = {
                     "table": name,
                     "class": f"{column}={class_name}",
-                    "counts": {"train": int((train & (codes == code)).sum())},
+                    "counts": {"train": int((train & members).sum())},
                     "rows": len(here),
                     "median_tokens": float(np.median(here)),
                     "tokens_per_word": None,

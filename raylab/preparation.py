@@ -1,5 +1,6 @@
 """From a job to trials that can run: the corpus is read, split, tokenised and kept; arms and trials get their names."""
 
+import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from raylab.corpus import (
 )
 from raylab.identity import digest, digest_folder, name_arm, name_trial
 from raylab.mistakes import JobError
+from raylab.scores import MAX_CLASSES
 from raylab.settings import list_settings, with_settings
 from raylab.specs import Job, TrialSpec
 from raylab.stages import Stage, build_stage, name_stage, open_stage, peek_stage, read_info
@@ -44,8 +46,29 @@ class Preparation:
         """The corpus under a trial's seed; one for all seeds unless split.vary is true."""
         key = seed if self.job.corpus.split.vary else 0
         if key not in self.splits:
-            self.splits[key] = split_corpus(self.read, self.job.corpus, metadata_fields(self.job), key)
+            split = split_corpus(self.read, self.job.corpus, metadata_fields(self.job), key)
+            if problems := check_target_classes(self.job, split.classes):
+                raise JobError(problems)
+            self.splits[key] = split
         return self.splits[key]
+
+
+def check_target_classes(job: Job, classes: Mapping[str, list[str]]) -> list[str]:
+    """A line for each of the search's targets whose class is none of its task's."""
+    problems = []
+    for index, target in enumerate(job.search.targets):
+        name, where = target.class_name, f"search.targets.{index}.class"
+        if name is None:
+            continue
+        names = classes[target.task]
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            fix = f"did you mean '{near[0]}'?" if near else f"it has {len(names)} others"
+            problems.append(f"{where}: '{name}' is no class of {target.task}; {fix}")
+        elif len(names) > MAX_CLASSES:
+            rule = f"{target.task} has {len(names)} classes, and only up to {MAX_CLASSES} are scored one by one"
+            problems.append(f"{where}: {rule}; name a metric over all classes")
+    return problems
 
 
 def prepare(job: Job, results: Path, tell: Tell = lambda what, done, total: None) -> Preparation:

@@ -73,6 +73,16 @@ def fit_logistic(
 
     C is 1, or chosen from 0.01, 0.1, 1 and 10. The seed matters only to the folds.
     """
+    if np.ndim(train_y) == 2:  # each label against the rest, on the rows in which it is known
+        probabilities = np.zeros((len(eval_x), num_classes))
+        for label in range(num_classes):
+            known = train_y[:, label] >= 0
+            if known.any():
+                y = train_y[known, label].astype(np.int64)
+                probabilities[:, label] = fit_logistic(
+                    train_x[known], y, eval_x, num_classes=2, seed=seed, selection=selection, groups=groups[known]
+                )[:, 1]
+        return probabilities
     model = LogisticRegression(C=LOGISTIC_C, solver="lbfgs", max_iter=LOGISTIC_MAX_ITER)
     return _fit(model, "C", LOGISTIC_C_CANDIDATES, train_x, train_y, eval_x, num_classes, seed, selection, groups)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from raylab import storage
 from raylab.mistakes import DamagedError
 from raylab.stages import clear_leftovers
-from raylab.tables import SCHEMAS, list_trials, read_file, read_rows, write_rows
+from raylab.tables import SCHEMAS, list_trials, read_file, read_rows, table_path, write_rows
 
 # What a trial writes at each rung, before its row of `trials` says that the rung is done.
 MEASURED = ("scores", "geometry", "curves", "stages")
@@ -28,6 +28,12 @@ def repair_job(results: Path, job: str) -> list[str]:
             continue
         rows = {table: read_rows(results, job, table, row["trial_id"]) for table in MEASURED}
         missing = [table for table, found in rows.items() if not found]
+        # An older raylab wrote no confusions, and scores without a class.
+        if (
+            any(s["class"] is not None for s in rows["scores"])
+            and not table_path(results, job, "confusions", row["trial_id"]).is_file()
+        ):
+            missing.append("confusions")
         missing += [t for t in ("scores", "geometry") if rows[t] and max(r["rung"] for r in rows[t]) < row["rung"]]
         if missing:
             notes.append(f"trial {row['trial_id']}: rows of {', '.join(missing)} are gone; it is measured again")

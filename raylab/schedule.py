@@ -73,7 +73,9 @@ class Schedule:
     def tell_kept(self) -> None:
         """What the tables hold of this job already goes into the display."""
         progress, job = self.progress, self.preparation.job
-        progress.targets = [f"{target.task} {target.metric}" for target in job.search.targets]
+        progress.targets = [
+            " ".join(filter(None, (target.task, target.metric, target.class_name))) for target in job.search.targets
+        ]
         progress.planned = self.search.num_planned
         for row in self.search.done.values():
             if is_current(job, row, self.search.name_point):

@@ -29,7 +29,23 @@ SPECIAL_TOKENS = 2
 
 
 # Named here, not imported, so that a job file is checked without scikit-learn; a test holds them equal.
-SCORE_METRICS = ("f1_macro", "accuracy", "precision_macro", "recall_macro", "roc_auc")
+SCORE_METRICS = (
+    "f1_macro",
+    "f1_micro",
+    "f1_weighted",
+    "accuracy",
+    "balanced_accuracy",
+    "precision_macro",
+    "recall_macro",
+    "roc_auc",
+    "average_precision",
+    "calibration_error",
+    "f1_class",
+    "precision_class",
+    "recall_class",
+    "roc_auc_class",
+    "average_precision_class",
+)
 GEOMETRY_METRICS = (
     "uniformity",
     "alignment",
@@ -94,7 +110,7 @@ def dump_job(job: Job) -> dict[str, Any]:
         raw["corpus"]["split"] = {key: raw["corpus"]["split"][key] for key in ("column", "values")}
     for target in raw["search"]["targets"]:
         if target["table"] == "geometry":
-            for key in ("shots", "probe", "frozen_layers"):
+            for key in ("shots", "probe", "frozen_layers", "class"):
                 del target[key]
     return raw
 
@@ -240,6 +256,7 @@ def resolve_target(job: Job, target: Target) -> dict[str, Any]:
     return {
         "task": target.task,
         "metric": target.metric,
+        "class": target.class_name,
         "shots": None if shots == "full" else shots,
         "frozen_layers": depth,
         "probe": probe,

@@ -6,6 +6,7 @@ passed on: a problem line is made of the job's own words, names of files and col
 
 import difflib
 import glob
+import json
 import re
 import tempfile
 from collections.abc import Callable, Sequence
@@ -19,11 +20,12 @@ import pyarrow.csv
 import pyarrow.dataset
 import pyarrow.json
 
-from raylab.blocks import Table, Task
+from raylab.blocks import Source, Table, Task
 
 ENDINGS = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 BLOCK_BYTES = 16 * 2**20  # a row must fit into a block, and pyarrow's own 1 MiB is too little for some records
 MAX_NAMES = 40  # column names listed in a problem line
+SIDES = {"0": "0", "1": "1", "false": "0", "true": "1"}  # of a label with a column of its own
 
 
 class Part(NamedTuple):
@@ -50,7 +52,8 @@ def read_source(
 
     Integers, booleans, dates, whole floats ("3", not "3.0"), dictionaries and ClassLabels become strings. A csv file
     has no types: its values are taken as written ("0389" keeps its zero), but for columns written as whole floats. In
-    all columns but the text an empty string, NaN and an unset ClassLabel (-1) are nulls.
+    all columns but the text an empty string, NaN and an unset ClassLabel (-1) are nulls. A column of labels of a
+    multi-label task holds "0" and "1" where each label has its own, else JSON lists of its labels, sorted.
 
     Rows with null or blank text are left out. Counts: rows_read, empty_text, rows; empty where the table is None.
 
@@ -62,31 +65,12 @@ def read_source(
     keys = _name_columns(table, categories, where, problems)
     if len(problems) > num_before:
         return None, {}
-    try:
-        with ExitStack() as stack:
-            parts = _open_path(table) if table.sql is None else _open_sql(table, stack)
-            for column, key in keys.items():
-                _check_column(column, key, parts, ignore_case=table.sql is not None, problems=problems)
-            if len(problems) > num_before:
-                return None, {}
-            raw = [part.read(list(keys)) for part in parts]
-    except _SourceError as refusal:
-        problems.append(f"{where}.{refusal}")
+    task = table if isinstance(table, Task) and table.labels is None else None
+    read = _read_columns(table, keys, where, text=table.text, task=task, problems=problems)
+    if read is None:
         return None, {}
 
-    rows_read = sum(part.num_rows for part in raw)
-    if not rows_read:
-        problems.append(f"{where}: {parts[0].place} has no rows: correct the {'query' if table.sql else 'path'}")
-        return None, {}
-    read = {}
-    for column, key in keys.items():
-        try:
-            read[column] = _join_column(column, table.text, parts, raw)
-        except _SourceError as refusal:
-            problems.append(f"{key}: {refusal}")
-    if len(problems) > num_before:
-        return None, {}
-
+    rows_read = len(read[table.text])
     ids = read[table.id] if table.id is not None else _number_rows(rows_read)
     columns = {"id": ids, "text": read[table.text]}
     if table.group is not None:
@@ -106,12 +90,67 @@ def read_source(
     return result, {"rows_read": rows_read, "empty_text": empty_text, "rows": result.num_rows}
 
 
+def read_labels(task: Task, where: str, *, problems: list[str]) -> pa.Table | None:
+    """Read a task's separate table of labels: `id`, and its label columns, in the form that `read_source` gives them.
+
+    Problems are those of `read_source`; an id that is null or stands twice is one.
+    """
+    labels = task.labels
+    assert labels is not None
+    num_before = len(problems)
+    if labels.id in task.label_columns():
+        problems.append(f"{where}.label: '{labels.id}' is the id column: name another one")
+        return None
+    keys = {labels.id: f"{where}.id", **dict.fromkeys(task.label_columns(), f"{where}.label")}
+    read = _read_columns(labels, keys, where, text=None, task=task, problems=problems)
+    if read is None:
+        return None
+    found = pa.table({"id": read[labels.id]} | {name: read[name] for name in task.label_columns()})
+    _check_ids(found["id"], labels.id, where, "keep one row of labels a text", problems)
+    return found if len(problems) == num_before else None
+
+
+def _read_columns(
+    source: Source, keys: dict[str, str], where: str, *, text: str | None, task: Task | None, problems: list[str]
+) -> dict[str, pa.ChunkedArray] | None:
+    """The columns that `keys` names; None where there was a problem. `task` says how those of labels are read."""
+    num_before = len(problems)
+    try:
+        with ExitStack() as stack:
+            parts = _open_path(source) if source.sql is None else _open_sql(source, stack)
+            for column, key in keys.items():
+                _check_column(column, key, parts, ignore_case=source.sql is not None, problems=problems)
+            if len(problems) > num_before:
+                return None
+            raw = [part.read(list(keys)) for part in parts]
+    except _SourceError as refusal:
+        problems.append(f"{where}.{refusal}")
+        return None
+
+    if not sum(part.num_rows for part in raw):
+        problems.append(f"{where}: {parts[0].place} has no rows: correct the {'query' if source.sql else 'path'}")
+        return None
+    labels = () if task is None else task.label_columns()
+    read = {}
+    for column, key in keys.items():
+        try:
+            if task is not None and column in labels and task.is_multi_label() and not task.has_sides():
+                read[column] = _join_lists(column, task.separator, parts, raw)
+            else:
+                read[column] = _join_column(column, text, parts, raw)
+            if task is not None and column in labels and task.has_sides():
+                read[column] = _read_sides(column, read[column])
+        except _SourceError as refusal:
+            problems.append(f"{key}: {refusal}")
+    return read if len(problems) == num_before else None
+
+
 def _name_columns(table: Table, categories: Sequence[str], where: str, problems: list[str]) -> dict[str, str]:
     """Source column -> key of the job file that names it. Names that would clash in the result are problems."""
     keys = {table.text: f"{where}.text"}
     own = {"text": table.text, "id": table.id, "group": table.group}
-    label = table.label if isinstance(table, Task) else None
-    wanted = [("id", table.id), ("group", table.group), *(("label" if c == label else "", c) for c in categories)]
+    labels = table.label_columns() if isinstance(table, Task) and table.labels is None else ()
+    wanted = [("id", table.id), ("group", table.group), *(("label" if c in labels else "", c) for c in categories)]
     for key, column in wanted:
         path = f"{where}.{key}" if key else where
         if column is None:
@@ -124,7 +163,7 @@ def _name_columns(table: Table, categories: Sequence[str], where: str, problems:
     return keys
 
 
-def _open_path(table: Table) -> list[Part]:
+def _open_path(table: Source) -> list[Part]:
     """The parts of a file, of a folder of files of one format, or of a saved dataset."""
     path, kind = Path(table.path or ""), cast("str | None", table.format)
     if not path.exists():
@@ -250,14 +289,23 @@ def _open_saved(path: Path) -> list[Part]:
     """The splits of a dataset written by save_to_disk, by name."""
     import datasets  # takes a second to import
 
+    def name_classes(codes: Any, feature: datasets.ClassLabel) -> Any:
+        return pc.take(pa.array(feature.names, pa.string()), pc.if_else(pc.less(codes, 0), None, codes))
+
     def part(place: str, dataset: datasets.Dataset) -> Part:
         def read(columns: list[str]) -> pa.Table:
             # Through the arrow format, which knows which rows a select or filter kept.
             table = dataset.select_columns(columns).with_format("arrow")[:]
-            labels = {c: dataset.features[c] for c in columns if isinstance(dataset.features[c], datasets.ClassLabel)}
-            for column, feature in labels.items():
-                codes = pc.if_else(pc.less(table[column], 0), None, table[column])
-                names = pc.take(pa.array(feature.names, pa.large_string()), codes)
+            for column in columns:
+                feature = dataset.features[column]
+                if isinstance(feature, datasets.ClassLabel):
+                    names = name_classes(table[column], feature)
+                elif isinstance(getattr(feature, "feature", None), datasets.ClassLabel):  # lists of them
+                    lists = table[column].combine_chunks()
+                    names = name_classes(lists.values, feature.feature)
+                    names = pa.ListArray.from_arrays(lists.offsets, names, mask=lists.is_null())
+                else:
+                    continue
                 table = table.set_column(table.schema.get_field_index(column), column, names)
             return table
 
@@ -269,7 +317,7 @@ def _open_saved(path: Path) -> list[Part]:
     return [part(f"{path} ({name})", loaded[name]) for name in sorted(loaded)]
 
 
-def _open_sql(table: Table, stack: ExitStack) -> list[Part]:
+def _open_sql(table: Source, stack: ExitStack) -> list[Part]:
     """The one part of a DuckDB query; it is bound here and run when read. `stack` closes the connection."""
     import duckdb
 
@@ -367,7 +415,7 @@ def _list_names(column: str, names: list[str]) -> str:
     return f"{hint}; columns: {', '.join(names[:MAX_NAMES])}{more}"
 
 
-def _join_column(column: str, text: str, parts: list[Part], raw: list[pa.Table]) -> pa.ChunkedArray:
+def _join_column(column: str, text: str | None, parts: list[Part], raw: list[pa.Table]) -> pa.ChunkedArray:
     """A column of all parts as large_string; each part is converted by itself, since types differ between files."""
     chunks = []
     for part, table in zip(parts, raw, strict=True):
@@ -383,6 +431,57 @@ def _join_column(column: str, text: str, parts: list[Part], raw: list[pa.Table])
             strings = pc.if_else(pc.equal(strings, ""), None, strings)
         chunks += strings.chunks
     return pa.chunked_array(chunks, pa.large_string())
+
+
+def _join_lists(column: str, separator: str | None, parts: list[Part], raw: list[pa.Table]) -> pa.ChunkedArray:
+    """A column of lists of labels, or of strings to cut, of all parts as large_string: see `_pack_lists`."""
+    chunks = []
+    for part, table in zip(parts, raw, strict=True):
+        try:
+            chunks.append(_pack_lists(table[column], separator))
+        except _SourceError as refusal:
+            raise _SourceError(f"column '{column}' of {part.place} {refusal}") from None
+    return pa.chunked_array(chunks, pa.large_string())
+
+
+def _pack_lists(column: pa.ChunkedArray, separator: str | None) -> pa.Array:
+    """Each row's labels as the JSON text of a sorted list; null where they are not known.
+
+    A list may be empty: none of the labels. So is a string of separators alone; an empty string is not known.
+    """
+    rows: list[set[str] | None]
+    if separator is not None:
+        if _is_list(column.type):
+            raise _SourceError("holds lists: leave out 'separator'")
+        texts = _to_strings(column).to_pylist()
+        rows = [{piece.strip() for piece in text.split(separator)} if text else None for text in texts]
+    elif _is_list(column.type) or pa.types.is_null(column.type):
+        lists = column.combine_chunks()
+        rows = [set() if known else None for known in lists.is_valid().to_pylist()]
+        if _is_list(column.type):
+            names = _to_strings(pa.chunked_array([pc.list_flatten(lists)])).to_pylist()
+            for row, name in zip(pc.list_parent_indices(lists).to_pylist(), names, strict=True):
+                rows[row].add(name)  # a null list has no items
+    else:
+        raise _SourceError(f"is of type {_show_type(column.type)} and holds no lists: give 'separator' to cut strings")
+    return pa.array([None if row is None else json.dumps(sorted(row - {"", None})) for row in rows], pa.large_string())
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def _read_sides(column: str, values: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Values of 0 and 1, true and false, in any case, as "0" and "1"."""
+    encoded = values.combine_chunks().dictionary_encode()
+    sides = pa.array([SIDES.get(value.lower()) for value in encoded.dictionary.to_pylist()], pa.large_string())
+    found = sides.take(encoded.indices)
+    if wrong := found.null_count - values.null_count:
+        raise _SourceError(
+            f"column '{column}' has {wrong:,} values that are not 0, 1, true, false or empty: name another column, or "
+            "one column alone if it holds classes"
+        )
+    return pa.chunked_array([found])
 
 
 def _is_string(kind: pa.DataType) -> bool:
@@ -428,7 +527,8 @@ def _to_strings(column: pa.ChunkedArray) -> pa.ChunkedArray:
                 "strings (cut into ranges, say) with sql"
             ) from None
     elif not any(check(kind) for check in PLAIN_TYPES):
-        raise _SourceError(f"is of type {_show_type(kind)}: name another column or make it a string with sql")
+        several = ", or set 'multi_label: true' where it is a task's label" if _is_list(kind) else ""
+        raise _SourceError(f"is of type {_show_type(kind)}: name another column or make it a string with sql{several}")
     try:
         return column.cast(pa.large_string())
     except pa.ArrowException:  # a time zone without its data, say
@@ -471,18 +571,21 @@ def _check_rows(table: Table, result: pa.Table, where: str, problems: list[str])
     """Problems of the kept rows: none left, ids null or not unique, groups null. Counts only, no values."""
     if not result.num_rows:
         problems.append(f"{where}.text: column '{table.text}' is empty in every row: name another column")
-    null_ids = result["id"].null_count
-    if null_ids:
-        problems.append(f"{where}.id: column '{table.id}' is null in {null_ids:,} rows: fill them or leave out 'id'")
-    repeated = result.num_rows - null_ids - pc.count_distinct(result["id"], mode="only_valid").as_py()
-    if repeated:
-        problems.append(
-            f"{where}.id: {repeated:,} rows repeat an id of column '{table.id}': ids must be unique; name another "
-            "column, leave out the repeats with sql, or leave out 'id'"
-        )
+    _check_ids(result["id"], table.id, where, "name another column, or leave out 'id'", problems)
     null_groups = result["group"].null_count if table.group is not None else 0
     if null_groups:
         problems.append(
             f"{where}.group: column '{table.group}' is null in {null_groups:,} rows: fill them, filter them with sql, "
             "or leave out 'group'"
+        )
+
+
+def _check_ids(ids: pa.ChunkedArray, column: str | None, where: str, fix: str, problems: list[str]) -> None:
+    if ids.null_count:
+        problems.append(f"{where}.id: column '{column}' is null in {ids.null_count:,} rows: fill them; or {fix}")
+    repeated = len(ids) - ids.null_count - pc.count_distinct(ids, mode="only_valid").as_py()
+    if repeated:
+        problems.append(
+            f"{where}.id: {repeated:,} rows repeat an id of column '{column}': ids must be unique; leave out the "
+            f"repeats with sql, or {fix}"
         )

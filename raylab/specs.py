@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
 from raylab.blocks import Corpus, Encoder, Evaluate, Model, Name, Positive, Pretrain, Seed
 
@@ -13,9 +13,13 @@ ADAPTIVE = ("random", "tpe", "nsga2")
 class Target(Model):
     """The value a search optimises: a validation score or geometry, mean over draws and seeds, at the last rung."""
 
+    # `class` is no name in Python.
+    model_config = ConfigDict(serialize_by_alias=True)
+
     table: Literal["scores", "geometry"] = "scores"
     task: str
     metric: str = "f1_macro"
+    class_name: str | None = Field(None, alias="class", description="scores of one class only: its name")
     shots: Annotated[int, Field(ge=1)] | Literal["full"] | None = Field(None, description="null: the first of evaluate")
     frozen_layers: str = "all"
     probe: str | None = Field(None, description="null: the first of evaluate")

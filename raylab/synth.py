@@ -27,6 +27,8 @@ TASKS = {
 CATEGORIES = ["discharge_summary", "nursing", "radiology", "physician", "consult"]
 WARDS = ["north", "east", "south", "west"]
 SERVICES = ["medicine", "surgery", "specialty", "intensive", "transitional"]
+GOLD_COLUMNS = {"note_id": pa.string(), "problems": pa.list_(pa.string())}
+UNCODED_PATIENTS = 4  # every fourth patient's notes have no row in gold.parquet
 COLUMNS = ["note_id", "patient", "text", "category", "ward", "service", *TASKS]
 MIN_WORDS = 30
 ROW_GROUP = 5_000  # notes held in memory at once: about 8 MB of text
@@ -165,16 +167,18 @@ def write_notes(
     label_noise: float = 0.05,
     max_words: int = 3000,
 ) -> dict[str, Any]:
-    """Write `directory/notes.parquet` and `directory/synth.json`; return the counts.
+    """Write `notes.parquet`, `gold.parquet` and `synth.json` into `directory`; return the counts.
 
-    A row of the table is a note: COLUMNS, all strings. `patient` is the group to split by. `category` shows in the
+    A row of the notes is a note: COLUMNS, all strings. `patient` is the group to split by. `category` shows in the
     text, `service` depends on the condition, `ward` on nothing. `label_noise` is the share of labels, in each task by
     itself, that are replaced by another class of the task, uniformly; it changes neither the text nor the metadata. A
     note has MIN_WORDS to `max_words` words, split at blanks. The first notes are the same for any `num_notes`.
+    A row of the gold labels is a note of three in four patients: `note_id` and `problems`, the list of the three
+    problems, of 18, that its patient has; they have no noise.
     Memory does not grow with `num_notes`: rows leave in groups of ROW_GROUP. Each file is replaced whole, or left as
     it was.
 
-    Returns {"notes", "patients", "words": int, "classes": {task: {class: notes with that label}}}.
+    Returns {"notes", "patients", "words", "gold": int, "classes": {task: {class: notes with that label}}}.
     `synth.json` holds the arguments, the true structure and that summary, and no note.
     Raises ValueError, before anything is written, for an argument out of range.
     """
@@ -183,16 +187,21 @@ def write_notes(
     directory.mkdir(parents=True, exist_ok=True)
     language = _build_language(seed)
     classes: dict[str, Counter[str]] = {task: Counter({name: 0 for name in names}) for task, names in TASKS.items()}
-    num_patients = num_words = num_done = 0
+    num_patients = num_words = num_done = num_gold = 0
     rows: dict[str, list[str]] = {column: [] for column in COLUMNS}
+    gold: dict[str, list[Any]] = {column: [] for column in GOLD_COLUMNS}
     schema = pa.schema([pa.field(column, pa.string(), nullable=False) for column in COLUMNS])
-    beside = directory / f".notes.parquet.{os.getpid()}"
+    gold_schema = pa.schema(GOLD_COLUMNS)
+    beside, gold_beside = (directory / f".{name}.parquet.{os.getpid()}" for name in ("notes", "gold"))
     try:
-        with pq.ParquetWriter(
-            beside, schema, compression="zstd", use_dictionary=[c for c in COLUMNS if c not in ("note_id", "text")]
-        ) as writer:
+        with (
+            pq.ParquetWriter(
+                beside, schema, compression="zstd", use_dictionary=[c for c in COLUMNS if c not in ("note_id", "text")]
+            ) as writer,
+            pq.ParquetWriter(gold_beside, gold_schema, compression="zstd") as gold_writer,
+        ):
             while num_done < num_notes:
-                notes, lengths = _build_patient(
+                notes, lengths, problems = _build_patient(
                     language, seed=seed, patient=num_patients, label_noise=label_noise, max_words=max_words
                 )
                 take = min(len(lengths), num_notes - num_done)
@@ -200,6 +209,9 @@ def write_notes(
                     rows[column].extend(values[:take])
                 for task, counter in classes.items():
                     counter.update(notes[task][:take])
+                if num_patients % UNCODED_PATIENTS != UNCODED_PATIENTS - 1:
+                    gold["note_id"].extend(notes["note_id"][:take])
+                    gold["problems"].extend([problems] * take)
                 num_patients += 1
                 num_words += int(lengths[:take].sum())
                 num_done += take
@@ -209,14 +221,20 @@ def write_notes(
                     if num_done == num_notes and table.num_rows > ROW_GROUP:
                         writer.write_table(table.slice(ROW_GROUP), row_group_size=ROW_GROUP)
                     rows = {column: values[ROW_GROUP:] for column, values in rows.items()}
+                    num_gold += len(gold["note_id"])
+                    gold_writer.write_table(pa.table(gold, schema=gold_schema))
+                    gold = {column: [] for column in gold}
         os.replace(beside, directory / "notes.parquet")
+        os.replace(gold_beside, directory / "gold.parquet")
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            beside.unlink()
+        for path in (beside, gold_beside):
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
     summary: dict[str, Any] = {
         "notes": num_done,
         "patients": num_patients,
         "words": num_words,
+        "gold": num_gold,
         "classes": {task: dict(counter) for task, counter in classes.items()},
     }
     arguments = {"num_notes": num_notes, "seed": seed, "label_noise": label_noise, "max_words": max_words}
@@ -367,8 +385,11 @@ def _build_language(seed: int) -> Language:
 
 def _build_patient(
     language: Language, *, seed: int, patient: int, label_noise: float, max_words: int
-) -> tuple[dict[str, list[str]], np.ndarray]:
-    """All notes of one patient: a list a column, and the words a note [notes]. Depends on nothing but the arguments."""
+) -> tuple[dict[str, list[str]], np.ndarray, list[str]]:
+    """All notes of one patient: a list a column, the words a note [notes], and the patient's problems.
+
+    Depends on nothing but the arguments.
+    """
     rng = np.random.default_rng([seed, 1, patient])
     n = 1 + min(int(rng.negative_binomial(3, 0.45)), 11)
     condition = int(_draw(np.cumsum(CONDITION_SHARES), rng.random(1))[0])
@@ -393,8 +414,8 @@ def _build_patient(
         columns[task] = [names[i] for i in np.where(replaced, (true + other) % len(names), true)]
     wanted = np.exp(rng.normal(np.log(MEDIAN_WORDS[category]), SIGMA_WORDS[category]))
     num_words = np.clip(wanted, MIN_WORDS, max_words).astype(int)
-    columns["text"] = _build_texts(language, rng, condition, severity, outcome, category, num_words)
-    return columns, num_words
+    columns["text"], problems = _build_texts(language, rng, condition, severity, outcome, category, num_words)
+    return columns, num_words, [f"problem_{i:02d}" for i in sorted(problems.tolist())]
 
 
 def _build_texts(
@@ -405,9 +426,12 @@ def _build_texts(
     outcome: np.ndarray,
     category: np.ndarray,
     num_words: np.ndarray,
-) -> list[str]:
-    """The texts of one patient's notes; severity, outcome, category and num_words are [notes]. All notes at once: the
-    cost is that of the array calls, not of the words."""
+) -> tuple[list[str], np.ndarray]:
+    """The texts of one patient's notes, and the numbers of the patient's problems.
+
+    severity, outcome, category and num_words are [notes]. All notes at once: the cost is that of the array calls, not
+    of the words.
+    """
     n = len(num_words)
     gumbel = -np.log(-np.log(rng.random(NUM_PROBLEMS)))
     problems = np.argsort(-(np.log(language.mix[condition]) + gumbel))[:PROBLEMS_A_PATIENT]  # without replacement
@@ -489,7 +513,7 @@ def _build_texts(
     form[stop - 1] += 1
     pieces = language.words[form, word].tolist()
     bounds = np.concatenate([[0], np.cumsum(num_words)]).tolist()
-    return ["".join(pieces[a:b]).rstrip() for a, b in itertools.pairwise(bounds)]
+    return ["".join(pieces[a:b]).rstrip() for a, b in itertools.pairwise(bounds)], problems
 
 
 def _describe(language: Language) -> dict[str, Any]:
@@ -519,6 +543,7 @@ def _describe(language: Language) -> dict[str, Any]:
         },
         "problem_mix_of_condition": dict(zip(conditions, np.round(language.mix, 6).tolist(), strict=True)),
         "problems_a_patient": PROBLEMS_A_PATIENT,
+        "gold": f"the patient's problems, on the notes of all but every {UNCODED_PATIENTS}th patient",
         "problem_shares_of_a_note": PROBLEM_SHARES.tolist(),
         "chance_to_switch_problem": SWITCH,
         "chance_of_the_own_list": LIST_SLOTS,

@@ -45,8 +45,14 @@ SCHEMAS: dict[str, pa.Schema] = {
     "scores": pa.schema(
         {
             "job": _text, "trial_id": _text, "rung": _int, "task": _text, "split": _text, "shots": _int,
-            "frozen_layers": _text, "probe": _text, "draw": _int, "metric": _text, "value": _float,
+            "frozen_layers": _text, "probe": _text, "draw": _int, "metric": _text, "class": _text, "value": _float,
             "num_train": _int, "num_eval": _int,
+        }
+    ),
+    "confusions": pa.schema(
+        {
+            "job": _text, "trial_id": _text, "rung": _int, "task": _text, "split": _text, "shots": _int,
+            "frozen_layers": _text, "probe": _text, "draw": _int, "class": _text, "predicted": _text, "count": _int,
         }
     ),
     "geometry": pa.schema(

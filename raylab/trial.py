@@ -139,6 +139,7 @@ def _run_rungs(spec: TrialSpec, row: dict[str, Any], used: Used, world: World) -
     used.add(before)
     training: Training | None = None
     scores = [r for r in read_rows(results, spec.job, "scores", spec.trial_id) if r["rung"] <= done]
+    confusions = [r for r in read_rows(results, spec.job, "confusions", spec.trial_id) if r["rung"] <= done]
     geometry = [r for r in read_rows(results, spec.job, "geometry", spec.trial_id) if r["rung"] <= done]
     measured: list[tuple[Stage, Stage]] = []
 
@@ -169,9 +170,11 @@ def _run_rungs(spec: TrialSpec, row: dict[str, Any], used: Used, world: World) -
             found = evaluate_encoder(spec, before.stage_id, rung, functools.partial(open_rung, rung))
             used.add(*found.stages, *(stage for _, stage in measured))
             scores += found.scores
+            confusions += found.confusions
             geometry += found.geometry
             _check_driver(spec)
             write_rows(results, spec.job, "scores", spec.trial_id, scores)
+            write_rows(results, spec.job, "confusions", spec.trial_id, confusions)
             write_rows(results, spec.job, "geometry", spec.trial_id, geometry)
             write_rows(results, spec.job, "curves", spec.trial_id, read_curves(measured))
             row["target_values"] = compute_targets(spec.settings, scores, geometry, rung)

@@ -10,6 +10,7 @@ from raylab.baselines import BASELINES, score_baselines
 from raylab.corpus import digest_column, open_rows
 from raylab.encoder import embed
 from raylab.evaluation import embed_rows, list_draws, open_encoder, score_draws
+from raylab.labels import to_array
 from raylab.mistakes import JobError
 from raylab.preparation import Preparation, find_last_rung, make_spec, name_point, prepare
 from raylab.search import is_current, read_values
@@ -59,8 +60,9 @@ def unseal_job(
         record = {"at": at, "by": by, "reason": reason}
         write_rows(results, job.name, "unseals", trial_id, [record], f".{at:%Y%m%dT%H%M%S%f}")
     for index, (spec, row) in enumerate(zip(specs, trials, strict=True)):
-        scores = score_test(preparation, spec, row)
+        scores, confusions = score_test(preparation, spec, row)
         write_rows(results, job.name, "scores", row["trial_id"], scores, ".test")
+        write_rows(results, job.name, "confusions", row["trial_id"], confusions, ".test")
         tell(f"unsealed {index + 1}/{len(trials)} {row['trial_id']}")
     for seed in seeds:
         score_baselines(results, job, preparation.split(seed), seed, sealed=True)
@@ -74,8 +76,10 @@ def _spec(preparation: Preparation, row: dict[str, Any]) -> TrialSpec:
     return spec
 
 
-def score_test(preparation: Preparation, spec: TrialSpec, row: dict[str, Any]) -> list[dict[str, Any]]:
-    """Scores of a trial's last rung on the test rows, with classifiers from the same draws as on validation."""
+def score_test(
+    preparation: Preparation, spec: TrialSpec, row: dict[str, Any]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Scores and confusions of a trial's last rung on the test rows, with the draws of validation."""
     results, root = preparation.results, preparation.results / FOLDER
     folder = find_last_rung(results, spec.job, spec.trial_id)
     if folder is None:
@@ -85,6 +89,7 @@ def score_test(preparation: Preparation, spec: TrialSpec, row: dict[str, Any]) -
     split, corpus = preparation.split(spec.seed), spec.settings.corpus
     tokenizer = Stage("tokenizer", spec.tokenizer, root / spec.tokenizer, True, 0.0, {})
     scores: list[dict[str, Any]] = []
+    confusions: list[dict[str, Any]] = []
     for task in spec.settings.evaluate.tasks or corpus.tasks:
         rows, store = open_rows(root / spec.corpus, task), open_tokens(root / spec.tokens[task])
         sealed = split.sealed[task]
@@ -101,9 +106,11 @@ def score_test(preparation: Preparation, spec: TrialSpec, row: dict[str, Any]) -
                 model, sealed_store, everything, Vocabulary(**read_info(root / spec.tokenizer)),
                 max_length=corpus.max_length, long_documents=corpus.long_documents,
             ),
-            eval_y=sealed["label"].to_numpy(),
+            eval_y=to_array(sealed["label"]),
             eval_store=sealed_store,
             eval_rows=everything,
         )  # fmt: skip
-        scores += [{"rung": row["num_rungs"], "task": task, "split": "test"} | score for score in found]
-    return scores
+        common = {"rung": row["num_rungs"], "task": task, "split": "test"}
+        for rows_of, new in zip((scores, confusions), found, strict=True):
+            rows_of += [common | new_row for new_row in new]
+    return scores, confusions

@@ -4,14 +4,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from scipy import sparse
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
+from sklearn.multiclass import OneVsRestClassifier
 
 from raylab.baselines import BASELINES, TFIDF_C, TFIDF_FEATURES, score_baselines
 from raylab.corpus import TRAIN, VALIDATION
 from raylab.draws import draw_shots
 from raylab.preparation import prepare
-from raylab.scores import compute_scores
+from raylab.scores import list_scores
 from raylab.tables import list_trials, read_rows
 
 SHOTS = {"evaluate.shots": [2, 4, "full"], "evaluate.tasks": ["severity", "condition"]}
@@ -53,12 +55,15 @@ def test_equal_to_scikit_learn_on_the_same_draws(scored, name):
             for draw in range(num_draws):
                 drawn = draw_shots(labels[train], groups[train], shots, seed=3, task=task, draw=draw)
                 found = predict(name, train_texts, labels[train], drawn, eval_texts, num_classes)
-                for metric, value in compute_scores(labels[held_out], found).items():
-                    expected[task, shots, draw, metric] = (value, len(drawn), len(eval_texts))
+                for row in list_scores(labels[held_out], found, split.classes[task]):
+                    cell = (task, shots, draw, row["metric"], row["class"])
+                    expected[cell] = (row["value"], len(drawn), len(eval_texts))
     values = {
-        (row["task"], row["shots"], row["draw"], row["metric"]): (row["value"], row["num_train"], row["num_eval"])
+        (row["task"], row["shots"], row["draw"], row["metric"], row["class"]): (
+            row["value"], row["num_train"], row["num_eval"],
+        )
         for row in rows[name]
-    }
+    }  # fmt: skip
     assert values.keys() == expected.keys()
     assert len(rows[name]) == len(expected)
     for key, value in expected.items():
@@ -159,7 +164,7 @@ def test_what_is_written_is_left_alone_and_other_draws_are_written(scored, make_
     job, split, _ = scored
     files = sorted(tmp_path.glob(f"{job.name}/*/baseline*.parquet"))
     before = [path.stat().st_ino for path in files]
-    assert len(files) == 2 * len(BASELINES)
+    assert len(files) == 3 * len(BASELINES)
     score_baselines(tmp_path, job, split, 3)
     assert [path.stat().st_ino for path in files] == before
     score_baselines(tmp_path, make_job("mlm", SHOTS | {"evaluate.draws": 3}), split, 3)
@@ -169,3 +174,24 @@ def test_what_is_written_is_left_alone_and_other_draws_are_written(scored, make_
     trials.unlink()
     score_baselines(tmp_path, make_job("mlm", SHOTS | {"evaluate.draws": 3}), split, 3)
     assert trials.is_file()
+
+
+def test_each_label_has_a_classifier_of_its_own():
+    """Against scikit-learn's one-vs-rest; a label that is not known in some rows is fitted on the others."""
+    rng = np.random.default_rng(0)
+    features = sparse.csr_matrix(rng.random((60, 8)))
+    labels = (rng.random((40, 3)) < 0.4).astype(np.int8)
+    train, evaluated = features[:40], features[40:]
+    expected = OneVsRestClassifier(LogisticRegression(C=TFIDF_C, max_iter=200)).fit(train, labels)
+    found = BASELINES["tfidf"](train, labels, evaluated, 3)
+    np.testing.assert_allclose(found, expected.predict_proba(evaluated), atol=1e-9)
+    np.testing.assert_allclose(BASELINES["majority"](train, labels, evaluated, 3), [labels.mean(axis=0)] * 20)
+
+    partly = labels.copy()
+    partly[:10, 0], partly[:, 2] = -1, -1
+    again = BASELINES["tfidf"](train, partly, evaluated, 3)
+    np.testing.assert_allclose(again[:, 0], BASELINES["tfidf"](train[10:], labels[10:], evaluated, 3)[:, 0], atol=1e-9)
+    np.testing.assert_allclose(again[:, 1], found[:, 1], atol=1e-9)
+    assert (again[:, 2] == 0).all()
+    assert (BASELINES["tfidf"](train, np.ones((40, 1), dtype=np.int8), evaluated, 1) == 1).all()
+    assert BASELINES["majority"](train, partly, evaluated, 3)[0, 0] == pytest.approx(labels[10:, 0].mean())

@@ -637,7 +637,9 @@ def test_query_lists_the_tables_without_a_folder(folder: Path, capfd: pytest.Cap
     assert answer.code == 0
     rows = json.loads(answer.out)
     assert {"table": "trials", "column": "pretrain.declutr.max_span", "type": "int64"} in rows
-    assert {row["table"] for row in rows} == {"trials", "scores", "geometry", "curves", "stages", "hygiene", "unseals"}
+    assert {row["table"] for row in rows} == {
+        "trials", "scores", "confusions", "geometry", "curves", "stages", "hygiene", "unseals",
+    }  # fmt: skip
 
 
 def test_status_of_an_empty_folder(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:

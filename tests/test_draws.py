@@ -44,6 +44,74 @@ def test_fewer_shots_lie_inside_more(rows, shots, extra, seed):
     assert set(few) <= set(more) <= set(every)
 
 
+@st.composite
+def multi_rows(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
+    """Labels [n, L] of 1, 0 and -1, and groups, few of each so that needs compete."""
+    num_labels = draw(st.integers(1, 3))
+    row = st.tuples(
+        st.lists(st.sampled_from([-1, 0, 0, 1]), min_size=num_labels, max_size=num_labels), st.integers(0, 9)
+    )
+    rows = draw(st.lists(row, max_size=40))
+    labels = np.array([labels for labels, _ in rows], dtype=np.int8).reshape(-1, num_labels)
+    return labels, np.array([group for _, group in rows], dtype=np.int64)
+
+
+def list_needs(labels: np.ndarray) -> list[np.ndarray]:
+    """Which rows serve each need: having a label; being known to lack it, with no other."""
+    none = ~(labels == 1).any(axis=1)
+    return [need for column in labels.T for need in (column == 1, (column == 0) & none)]
+
+
+@given(multi_rows(), st.integers(1, 6), st.integers(0, 5))
+@settings(max_examples=300, deadline=None)
+def test_multi_label_draw_serves_every_label_as_far_as_groups_allow(rows, shots, seed):
+    labels, groups = rows
+    chosen = draw_shots(labels, groups, shots, seed=seed, task="t", draw=0)
+    assert chosen.dtype == np.int64
+    assert (np.diff(chosen) > 0).all()
+    assert len(np.unique(groups[chosen])) == len(chosen)
+    used = set(groups[chosen])
+    needs = list_needs(labels)
+    assert all(any(need[row] for need in needs) for row in chosen)
+    assert len(chosen) <= shots * len(needs)
+    for need in needs:
+        if need[chosen].sum() < shots:
+            assert set(groups[need]) <= used
+
+
+@given(multi_rows(), st.integers(1, 5), st.integers(0, 5), st.integers(0, 5))
+@settings(max_examples=200, deadline=None)
+def test_fewer_multi_label_shots_lie_inside_more(rows, shots, extra, seed):
+    few, more, every = (draw_shots(*rows, n, seed=seed, task="t", draw=0) for n in (shots, shots + extra, None))
+    assert set(few) <= set(more) <= set(every)
+    assert every.tolist() == np.flatnonzero((rows[0] >= 0).any(axis=1)).tolist()
+
+
+def test_rows_of_several_labels_count_for_each():
+    labels = np.array([[1, 1]] * 20 + [[0, 0]] * 20, dtype=np.int8)
+    chosen = draw_shots(labels, np.arange(40), 8, **KEY)
+    assert labels[chosen].sum(axis=0).tolist() == [8, 8]
+    assert len(chosen) == 16
+
+
+def test_a_row_where_a_label_is_not_known_counts_only_for_the_others():
+    labels = np.array([[0, -1]] * 10 + [[-1, 0]] * 10 + [[1, -1]] * 10 + [[-1, 1]] * 10, dtype=np.int8)
+    chosen = draw_shots(labels, np.arange(40), 3, **KEY)
+    assert [int(need[chosen].sum()) for need in list_needs(labels)] == [3, 3, 3, 3]
+
+
+def test_multi_label_draw_is_the_same_in_every_version_and_process():
+    labels = (np.arange(180).reshape(60, 3) * 7919 % 5 == 0).astype(np.int8)
+    assert draw_shots(labels, np.arange(60) // 2, 1, **KEY).tolist() == [5, 26, 38, 49]
+
+
+def test_large_multi_label_tables_are_drawn():
+    labels = (np.random.default_rng(0).random((100_000, 50)) < 0.03).astype(np.int8)
+    chosen = draw_shots(labels, np.arange(100_000) // 3, 32, **KEY)
+    assert labels[chosen].sum(axis=0).min() >= 32
+    assert (labels[chosen].sum(axis=1) == 0).sum() >= 32
+
+
 def test_no_shortage_gives_exactly_shots_a_class():
     labels = np.repeat(np.arange(5), 40)
     chosen = draw_shots(labels, np.arange(200), 16, **KEY)

@@ -1,5 +1,4 @@
 import itertools
-import math
 import shutil
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from raylab.tables import read_rows, read_trial
 from raylab.tokens import open_tokens
 from raylab.trial import run_trial
 
-TABLES = ("scores", "geometry", "curves")
+TABLES = ("scores", "confusions", "geometry", "curves")
 DEPTHS = ("all", "none", "embeddings", "1")
 FULL = {
     "evaluate.tasks": ["condition", "severity"],
@@ -77,15 +76,18 @@ def test_scores_are_complete(full):
     spec, _, folder = full
     rows = read_rows(folder, spec.job, "scores", spec.trial_id)
     found = sorted(
-        (r["rung"], r["task"], str(r["shots"]), r["draw"], r["frozen_layers"], r["probe"], r["metric"]) for r in rows
+        (r["rung"], r["task"], str(r["shots"]), r["draw"], r["frozen_layers"], r["probe"], r["metric"], str(r["class"]))
+        for r in rows
     )
     draws = [("2", 0), ("2", 1), ("None", 0)]
     classifiers = [("all", "logistic"), ("all", "mlp"), *((depth, "head") for depth in DEPTHS[1:])]
+    classes = read_info(folder / FOLDER / spec.corpus)["classes"]
     expected = sorted(
-        (rung, task, *draw, *classifier, metric)
+        (rung, task, *draw, *classifier, metric, str(name))
         for rung, task, draw, classifier, metric in itertools.product(
             (1, 2), ("condition", "severity"), draws, classifiers, METRICS
         )
+        for name in (classes[task] if metric.endswith("_class") else [None])
     )
     assert found == expected
     coded = {task: open_rows(folder / FOLDER / spec.corpus, task) for task in ("condition", "severity")}
@@ -94,7 +96,15 @@ def test_scores_are_complete(full):
         part = coded[row["task"]]["part"]
         assert row["num_eval"] == (part == VALIDATION).sum()
         assert row["num_train"] == (part == TRAIN).sum() if row["shots"] is None else row["num_train"] <= 2 * 6
-        assert 0 <= row["value"] <= 1 or math.isnan(row["value"])
+        assert row["value"] is None or 0 <= row["value"] <= 1
+    key = ("rung", "task", "shots", "frozen_layers", "probe", "draw")
+    confusions = read_rows(folder, spec.job, "confusions", spec.trial_id)
+    for row in rows:
+        if row["metric"] == "accuracy":
+            cell = [r for r in confusions if all(r[k] == row[k] for k in key)]
+            assert sum(r["count"] for r in cell) == row["num_eval"]
+            right = sum(r["count"] for r in cell if r["class"] == r["predicted"])
+            assert right / row["num_eval"] == pytest.approx(row["value"])
     geometry = read_rows(folder, spec.job, "geometry", spec.trial_id)
     assert {(r["rung"], r["task"]) for r in geometry} == set(itertools.product((1, 2), ("condition", "severity")))
 

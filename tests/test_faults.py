@@ -100,7 +100,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("table", ["trials", "scores", "geometry", "curves", "stages"])
+@pytest.mark.parametrize("table", ["trials", "scores", "confusions", "geometry", "curves", "stages"])
 def test_a_damaged_table_file_is_written_again(table, damage, job, stopped, unbroken, read_values):
     for path in list((stopped / "faults" / table).glob("[!b]*.parquet")):
         DAMAGE[damage](path)

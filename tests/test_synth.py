@@ -65,7 +65,7 @@ def test_summary_counts_what_was_written(tmp_path: Path) -> None:
     assert described["summary"] == summary
     assert described["arguments"] == {"num_notes": 500, "seed": 3, "label_noise": 0.05, "max_words": 3000}
     assert not any(text[:60] in json.dumps(described) for text in notes["text"])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.parquet", "synth.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gold.parquet", "notes.parquet", "synth.json"]
 
 
 def test_same_arguments_same_notes_other_seed_other_notes(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(OSError, match="disk full"):
         synth.write_notes(tmp_path, num_notes=30)
     assert (tmp_path / "notes.parquet").read_bytes() == before
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_label_noise_changes_its_share_of_labels_and_nothing_else(clean: Columns, noisy: Columns) -> None:
@@ -266,3 +266,29 @@ def test_bad_arguments_name_the_argument(tmp_path: Path, arguments: dict[str, An
 def test_all_mistakes_at_once(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"num_notes.*max_words"):
         synth.write_notes(tmp_path, num_notes=0, max_words=0)
+
+
+def test_gold_labels_are_the_patients_problems(tmp_path: Path, clean: Columns) -> None:
+    summary = synth.write_notes(tmp_path, num_notes=300, label_noise=0.0)
+    gold = pq.read_table(tmp_path / "gold.parquet").to_pydict()
+    patients = dict(zip(clean["note_id"], clean["patient"], strict=True))
+    assert summary["gold"] == len(gold["note_id"]) < 300
+    assert len(set(gold["note_id"])) == len(gold["note_id"])
+    of_patient = defaultdict(set)
+    for note, problems in zip(gold["note_id"], gold["problems"], strict=True):
+        assert problems == sorted(set(problems))
+        assert len(problems) == synth.PROBLEMS_A_PATIENT
+        of_patient[patients[note]].add(tuple(problems))
+    assert all(len(found) == 1 for found in of_patient.values())
+    uncoded = set(patients[note] for note in clean["note_id"][:300]) - of_patient.keys()
+    assert {int(patient[1:]) % synth.UNCODED_PATIENTS for patient in uncoded} == {synth.UNCODED_PATIENTS - 1}
+    # What the label says is in the text: the problems' own words are more frequent where it is.
+    described = json.loads((tmp_path / "synth.json").read_text(encoding="utf-8"))["structure"]
+    mix = described["problem_mix_of_condition"]
+    conditions = dict(zip(clean["note_id"], clean["condition"], strict=True))
+    own = [
+        mix[conditions[note]][int(problem[-2:])]
+        for note, problems in zip(gold["note_id"], gold["problems"], strict=True)
+        for problem in problems
+    ]
+    assert np.mean(own) > 2 / synth.NUM_PROBLEMS

@@ -39,8 +39,8 @@ TIME = pa.timestamp("us", tz="UTC")
 EXPECTED = {
     "trials": {
         "job": "string", "trial_id": "string", "arm": "string", "phase": "string", "seed": "int64", "status": "string",
-        "rung": "int64", "num_rungs": "int64", "target_values": "string", "rung_values": "string", 
-        "search.targets": "string",
+        "rung": "int64", "num_rungs": "int64", "target_values": "string", "rung_values": "string",
+        "search.targets": "string", "measures": "string",
         "supervised_by": "string",
         "effective_spans": "string",
         "attempts": "int64", "wall_seconds": "double", "gpu_seconds": "double", "device": "string",
@@ -50,8 +50,13 @@ EXPECTED = {
     },
     "scores": {
         "job": "string", "trial_id": "string", "rung": "int64", "task": "string", "split": "string", "shots": "int64",
-        "frozen_layers": "string", "probe": "string", "draw": "int64", "metric": "string", "value": "double",
-        "num_train": "int64", "num_eval": "int64",
+        "frozen_layers": "string", "probe": "string", "draw": "int64", "metric": "string", "class": "string",
+        "value": "double", "num_train": "int64", "num_eval": "int64",
+    },
+    "confusions": {
+        "job": "string", "trial_id": "string", "rung": "int64", "task": "string", "split": "string", "shots": "int64",
+        "frozen_layers": "string", "probe": "string", "draw": "int64", "class": "string", "predicted": "string",
+        "count": "int64",
     },
     "geometry": {
         "job": "string", "trial_id": "string", "rung": "int64", "task": "string", "split": "string",

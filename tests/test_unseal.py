@@ -20,7 +20,7 @@ from raylab.probes import PROBES
 from raylab.progress import SweepProgress
 from raylab.ranking import list_cells, rank_arms
 from raylab.results import query
-from raylab.scores import compute_scores
+from raylab.scores import compute_scores, list_confusions
 from raylab.stages import FOLDER, read_info
 from raylab.sweep import run_job
 from raylab.tables import list_trials, read_rows
@@ -123,7 +123,7 @@ def test_scores_of_the_untrained_encoder_equal_a_direct_computation(finished, jo
     store = open_tokens(root / spec.tokens["severity"])
     parts, labels, groups = (np.array(opened[column]) for column in ("part", "label", "group"))
     train = np.flatnonzero(parts == TRAIN)
-    expected = {}
+    expected, confusions = {}, {}
     for draw in range(2):
         drawn = train[draw_shots(labels[train], groups[train], 2, seed=1, task="severity", draw=draw)]
         probabilities = PROBES["logistic"](
@@ -131,11 +131,17 @@ def test_scores_of_the_untrained_encoder_equal_a_direct_computation(finished, jo
             num_classes=len(split.classes["severity"]), selection="fixed", groups=groups[drawn],
             seed=derive_seed(1, "probe", "severity", "logistic", "all", "2", draw) % 2**32,
         )  # fmt: skip
-        for metric, value in compute_scores(np.array(sealed["label"]), probabilities).items():
-            expected[draw, metric] = value
+        names = split.classes["severity"]
+        for metric, label, value in compute_scores(np.array(sealed["label"]), probabilities):
+            expected[draw, metric, None if label is None else names[label]] = value
+        for row in list_confusions(np.array(sealed["label"]), probabilities, names):
+            confusions[draw, row["class"], row["predicted"]] = row["count"]
     rows = read_rows(folder, job.name, "scores", spec.trial_id, ".test")
-    found = {(row["draw"], row["metric"]): row["value"] for row in rows}
+    found = {(row["draw"], row["metric"], row["class"]): row["value"] for row in rows}
     assert found == pytest.approx(expected, abs=1e-6)
+    counts = read_rows(folder, job.name, "confusions", spec.trial_id, ".test")
+    assert {(row["draw"], row["class"], row["predicted"]): row["count"] for row in counts} == confusions
+    assert {(row["split"], row["rung"], row["task"]) for row in counts} == {("test", 1, "severity")}
     assert {row["num_eval"] for row in rows} == {len(ids)}
 
 
