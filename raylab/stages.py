@@ -26,7 +26,7 @@ VERSIONS = {
     "pretrain": 2,
     "heldout": 1,
     "embed": 1,
-    "evaluate": 1,
+    "evaluate": 2,
     "baseline": 1,
 }
 FOLDER = "_stages"

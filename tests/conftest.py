@@ -103,7 +103,7 @@ def make_job(tiny_job):
 # The columns that an interrupted run must share with an unbroken one, by table (promise 1 of the design).
 VALUES = {
     "scores": "trial_id, rung, task, split, shots, frozen_layers, probe, draw, metric, value, num_train, num_eval",
-    "geometry": "trial_id, rung, task, split, metric, parameter, value, num_points",
+    "geometry": "trial_id, rung, task, split, metric, parameter, value, num_points, reference, low, high",
     "curves": "trial_id, step, tokens, metric, value",
     "stages": "trial_id, stage_id, kind",
     "trials": "trial_id, arm, phase, seed, status, rung, target_values, num_steps, num_tokens, data_digest",
