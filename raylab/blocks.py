@@ -237,7 +237,9 @@ class Geometry(Model):
     )
     max_points: int = Field(2000, ge=10)
     graph_points: int = Field(500, ge=10, description="of the points, for the graphs")
-    spans: int = Field(256, ge=0, le=1024, description="documents whose spans are aligned, retrieval.span tokens each; 0: none")
+    spans: int = Field(
+        256, ge=0, le=1024, description="documents whose spans are aligned, retrieval.span tokens each; 0: none"
+    )
     references: bool = Field(True, description="also values of shuffled labels and of Gaussian vectors")
     subsamples: int = Field(0, ge=0, description="intervals from so many subsamples of half the groups; 0: none")
 

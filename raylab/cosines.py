@@ -21,6 +21,7 @@ EXACT_ROWS = 4096
 TILES = {"cpu": (1024, 4096), "cuda": (8192, 32_768)}
 # Edges are listed up to this many; beyond, only counted. Above this share of the pairs counting is quicker too.
 MOST_EDGES = 50_000_000
+SAMPLE_ROWS = 512
 DENSE = 0.05
 # Equal vectors can have a cosine a rounding error below 1.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-6}
@@ -219,7 +220,7 @@ class _Store:
 
     def __init__(self, levels: list[Level]) -> None:
         self.levels = list(levels)
-        self.parts: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[Any]]] = []
+        self.parts: list[tuple[npt.NDArray[Any], ...]] = []
         self.num = 0
 
     def add(self, rows: Tensor, columns: Tensor, values: Tensor) -> None:
@@ -229,7 +230,7 @@ class _Store:
         while self.num > MOST_EDGES and self.levels:
             del self.levels[0]
             lowest = self.levels[0].cosine - max(TOLERANCE.values()) if self.levels else math.inf
-            self.parts = [tuple(array[part[2] >= lowest] for array in part) for part in self.parts]  # type: ignore[misc]
+            self.parts = [tuple(array[part[2] >= lowest] for array in part) for part in self.parts]
             self.num = sum(len(part[0]) for part in self.parts)
 
     def edges(self, level: Level, kind: torch.dtype) -> Ints | None:
@@ -252,7 +253,7 @@ def _divide(
         density = 0.0
         if num > EXACT_ROWS:
             if level.centred not in samples:
-                samples[level.centred] = sample_pairs(space, level.centred, EXACT_ROWS // 4)
+                samples[level.centred] = sample_pairs(space, level.centred, SAMPLE_ROWS)
             pairs = samples[level.centred]
             density = 1 - float(torch.searchsorted(pairs, level.cosine)) / len(pairs)
         dense = density > DENSE and density * num**2 / 2 > MOST_EDGES

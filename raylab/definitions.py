@@ -11,6 +11,11 @@ ISOSCORE_SHRINKAGE = 0.2
 NUM_PERMUTATIONS = 20
 
 
+Direction = Literal["max", "min", "none"]
+Reference = Literal["labels", "pairs", "gaussian"]
+Setting = Literal["thresholds", "densities", "neighbours"]
+
+
 class Definition(NamedTuple):
     """A metric. `direction` says what is better (none: neither).
 
@@ -22,9 +27,9 @@ class Definition(NamedTuple):
     text: str
     source: str
     unit: str
-    direction: Literal["max", "min", "none"]
-    reference: Literal["labels", "pairs", "gaussian"]
-    parameter: tuple[float, ...] | Literal["thresholds", "densities", "neighbours"] | None = None
+    direction: Direction
+    reference: Reference
+    parameter: tuple[float, ...] | Setting | None = None
     grows: bool = False
 
 
@@ -102,13 +107,13 @@ _SPACE = {
 }  # fmt: skip
 
 # The graphs: what joins two points, and the setting that lists the parameter.
-GRAPHS: dict[str, tuple[str, Literal["thresholds", "densities", "neighbours"]]] = {
+GRAPHS: dict[str, tuple[str, Setting]] = {
     "graph": ("cosine >= the parameter", "thresholds"),
     "density": ("cosine >= the cosine that joins the parameter's share of the pairs", "densities"),
     "centred": ("cosine >= the parameter after subtracting the mean of the unit vectors", "thresholds"),
     "mutual": ("each is among the other's k nearest by cosine, k the parameter", "neighbours"),
 }
-_MEASURES = {
+_MEASURES: dict[str, tuple[str, str, str, Direction, Reference, bool]] = {
     "components": ("number of connected components", "direct", "components", "none", "gaussian", True),
     "largest_share": ("share of the points in the largest component", "direct", "share", "none", "gaussian", False),
     "isolated_share": ("share of the points without an edge", "direct", "share", "none", "gaussian", False),
@@ -138,4 +143,4 @@ DEFINITIONS: dict[str, Definition] = {
         for graph, (rule, parameter) in GRAPHS.items()
         for name, (text, source, unit, direction, reference, grows) in _MEASURES.items()
     },
-}  # type: ignore[arg-type]  # fmt: skip
+}  # fmt: skip

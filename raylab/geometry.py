@@ -254,9 +254,7 @@ def _measure(
     return found
 
 
-def _measure_labels(
-    x: torch.Tensor, codes: Ints, neighbours: torch.Tensor, options: Options
-) -> dict[Key, float]:
+def _measure_labels(x: torch.Tensor, codes: Ints, neighbours: torch.Tensor, options: Options) -> dict[Key, float]:
     """The metrics of the labelled rows x [m, d]; codes [n] and `neighbours` [n, k] are of all rows."""
     all_codes = torch.from_numpy(codes).to(x.device)
     classes = sum_classes(x, all_codes[all_codes >= 0])
