@@ -166,8 +166,7 @@ def logs(
     from raylab.results import find_job
     from raylab.storage import is_url, open_log
 
-    folder = _open(results)
-    find_job(folder, name)
+    find_job(folder := _open(results), name)
     every = 2.0 if is_url(results) else 0.2
     print_log(lambda: open_log(folder, name), every if follow else None)
 
@@ -227,8 +226,7 @@ def stop(
     from raylab.driver import request_stop
     from raylab.results import find_job
 
-    folder = _open(results)
-    find_job(folder, name)
+    find_job(folder := _open(results), name)
     request_stop(folder, name, now)
     messages.print(f"{name}: asked to stop {'at once' if now else 'after the rungs that run'}", highlight=False)
 
@@ -264,7 +262,6 @@ def query(
     form: FormatOption = Format.table,
 ) -> None:
     """SQL over the result tables, while they are being written too."""
-
     from raylab.results import query as ask
     from raylab.tables import SCHEMAS
 
@@ -311,6 +308,14 @@ def unseal(
     job = load_job(find_job(folder, name))
     unseal_job(job, folder, arms or [], by=name_user(), reason=reason, tell=messages.print)
     print_ranking(job, folder, split="test")
+
+
+@app.command()
+def diagnose(name: str, results: ResultsOption = RESULTS, form: FormatOption = Format.table) -> None:
+    """What is wrong with each arm's embeddings, by stated rules, with the numbers they rest on."""
+    from raylab.diagnosis import diagnose_job, print_diagnosis
+
+    print_diagnosis(diagnose_job(_open(results), name), form)
 
 
 @app.command()
