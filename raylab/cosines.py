@@ -16,6 +16,7 @@ from torch import Tensor
 from raylab.components import join, join_tile
 
 Ints = npt.NDArray[np.int64]
+Edges = npt.NDArray[np.int32]
 EXACT_ROWS = 4096
 # Rows and columns of a tile: it stays in the processor's cache, and keeps a GPU busy.
 TILES = {"cpu": (1024, 4096), "cuda": (8192, 32_768)}
@@ -40,14 +41,14 @@ class Links(NamedTuple):
     """A level's graph of n points. `class_degrees` and `num_same` count edges between points of known class only.
 
     degrees, class_degrees int64 [n]; num_same: edges within a class; components int64 [n]: a name for each point's
-    component; edges: int64 [2, E], None where there were too many to list.
+    component; edges: int32 [2, E], None where there were too many to list.
     """
 
     degrees: Ints
     class_degrees: Ints
     num_same: int
     components: Ints
-    edges: Ints | None
+    edges: Edges | None
 
 
 class Scan(NamedTuple):
@@ -193,6 +194,8 @@ def scan(
     num_pairs = num * (num - 1) / 2
     # exp(-2 (2 - 2 cos)) = exp(4 cos) / exp(4)
     kernel = float(total) / num_pairs / math.exp(4.0) if num_pairs else math.nan
+    for store in stores.values():
+        store.close()
     links = {level: _finish(counters[level], stores[level.centred].edges(level, kind)) for level in levels}
     return Scan(kernel, nearest, links)
 
@@ -222,6 +225,8 @@ class _Store:
         self.levels = list(levels)
         self.parts: list[tuple[npt.NDArray[Any], ...]] = []
         self.num = 0
+        self.ends: Edges = np.zeros((2, 0), dtype=np.int32)
+        self.values: npt.NDArray[Any] = np.zeros(0)
 
     def add(self, rows: Tensor, columns: Tensor, values: Tensor) -> None:
         """Keeps edges of the lowest level that is kept."""
@@ -233,13 +238,20 @@ class _Store:
             self.parts = [tuple(array[part[2] >= lowest] for array in part) for part in self.parts]
             self.num = sum(len(part[0]) for part in self.parts)
 
-    def edges(self, level: Level, kind: torch.dtype) -> Ints | None:
-        """A level's edges, int64 [2, E], or None."""
+    def close(self) -> None:
+        """Puts the edges in order, the nearest points first: a level's are the first ones."""
+        columns = [np.concatenate(column) for column in zip(*self.parts, strict=True)] if self.parts else []
+        self.parts = []
+        if columns:
+            order = np.argsort(-columns[2], kind="stable").astype(np.uint32)
+            self.ends = np.stack([column[order] for column in columns[:2]])
+            self.values = columns[2][order]
+
+    def edges(self, level: Level, kind: torch.dtype) -> Edges | None:
+        """A level's edges, or None; a view."""
         if level not in self.levels:
             return None
-        kept = [part[2] >= level.cosine - TOLERANCE[kind] for part in self.parts]
-        ends = [[part[end][keep] for part, keep in zip(self.parts, kept, strict=True)] for end in (0, 1)]
-        return np.stack([np.concatenate(end) if end else np.zeros(0, np.int32) for end in ends]).astype(np.int64)
+        return self.ends[:, : int(np.searchsorted(-self.values, -(level.cosine - TOLERANCE[kind]), side="right"))]
 
 
 def _divide(
@@ -356,7 +368,7 @@ def _keep_nearest(best: Tensor, nearest: Tensor, candidates: list[tuple[Tensor, 
     nearest[owners[keep], rank[keep]] = others[order][keep]
 
 
-def _finish(counter: _Counter, edges: Ints | None) -> Links:
+def _finish(counter: _Counter, edges: Edges | None) -> Links:
     arrays = (counter.degrees, counter.class_degrees, counter.components)
     degrees, class_degrees, components = (array.cpu().numpy() for array in arrays)
     return Links(degrees, class_degrees, int(counter.num_same), components, edges)

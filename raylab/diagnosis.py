@@ -55,7 +55,7 @@ SIGNATURES = {
     ),
     "graph in fragments": Signature(
         f"at the largest density measured, under {FRAGMENT_SHARE:g} of the points in the largest component, and under "
-        f"{FRAGMENT_SHARE:g} of what Gaussian vectors have there; and the pieces are no classes: assortativity by class "
+        f"{FRAGMENT_SHARE:g} of what Gaussian vectors have there; assortativity by class "
         f"is under {CLASS_PIECES:g}",
         ("density_largest_share", "density_largest_share_gaussian", "density_assortativity"),
         lambda v: (

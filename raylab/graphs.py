@@ -10,13 +10,13 @@ import torch
 from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
-from raylab.cosines import TOLERANCE, Level, Links, Space, cosines_of
+from raylab.cosines import TOLERANCE, Edges, Level, Links, Space, cosines_of
 
 Ints = npt.NDArray[np.int64]
 
 # Up to here the points' whole adjacency is multiplied out; beyond, sparse rows of it.
 DENSE_POINTS = 2048
-SPARSE_ROWS = 4096
+SPARSE_ROWS = 512
 # Where edges are not listed, clustering is estimated at this many points, from so many pairs of edges of each.
 NUM_CENTRES = 1000
 NUM_PAIRS = 20
@@ -80,16 +80,16 @@ def link_mutual(neighbours: Ints, codes: Ints) -> Links:
     """The graph that joins points that are among each other's nearest `neighbours` [n, k]."""
     num, k = neighbours.shape
     if not k:
-        return link_edges(np.zeros((2, 0), dtype=np.int64), codes)
+        return link_edges(np.zeros((2, 0), dtype=np.int32), codes)
     near = sparse.csr_array((np.ones(num * k, dtype=bool), neighbours.reshape(-1), np.arange(0, num * k + 1, k)))
     near.resize((num, num))
     rows, columns = near.multiply(near.T).nonzero()
-    edges = np.stack([rows, columns])[:, rows < columns].astype(np.int64)
+    edges = np.stack([rows, columns])[:, rows < columns].astype(np.int32)
     return link_edges(edges, codes)
 
 
-def link_edges(edges: Ints, codes: Ints) -> Links:
-    """The graph of some edges, int64 [2, E], each once."""
+def link_edges(edges: Edges, codes: Ints) -> Links:
+    """The graph of some edges, int32 [2, E], each once."""
     num = len(codes)
     known = (codes[edges] >= 0).all(0)
     same = known & (codes[edges[0]] == codes[edges[1]])
@@ -113,8 +113,8 @@ def compute_clustering(links: Links, space: Space, level: Level | None) -> Estim
     return _sample_clustering(degrees * (degrees - 1), space, level)
 
 
-def count_triangles(edges: Ints, degrees: Ints) -> int:
-    """Triangles of the graph of edges int64 [2, E], each once."""
+def count_triangles(edges: Edges, degrees: Ints) -> int:
+    """Triangles of the graph of edges int32 [2, E], each once."""
     num = len(degrees)
     if num <= DENSE_POINTS:
         joined = torch.zeros((num, num))
@@ -122,10 +122,11 @@ def count_triangles(edges: Ints, degrees: Ints) -> int:
         # Entries count paths of two edges: whole numbers below 2^24, exact in float32.
         return round(float(((joined @ joined) * joined).sum(1).double().sum()) / 6)
     # Each edge points to the end with more edges, so that no point has many; a triangle is a path and its short cut.
-    rank = np.empty(num, dtype=np.int64)
-    rank[np.argsort(degrees, kind="stable")] = np.arange(num)
+    rank = np.empty(num, dtype=np.int32)
+    rank[np.argsort(degrees, kind="stable")] = np.arange(num, dtype=np.int32)
     ends = np.sort(rank[edges], axis=0)
     ahead = sparse.csr_array((np.ones(ends.shape[1], dtype=np.int32), tuple(ends)), (num, num))
+    del ends
     total = 0
     for start in range(0, num, SPARSE_ROWS):
         some = ahead[start : start + SPARSE_ROWS]
