@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ Ints = npt.NDArray[np.int64]
 
 # Up to here the points' whole adjacency is multiplied out; beyond, sparse rows of it.
 DENSE_POINTS = 2048
-SPARSE_ROWS = 512
+SPARSE_ROWS = 256
 # Where edges are not listed, clustering is estimated at this many points, from so many pairs of edges of each.
 NUM_CENTRES = 1000
 NUM_PAIRS = 20
@@ -127,11 +128,14 @@ def count_triangles(edges: Edges, degrees: Ints) -> int:
     ends = np.sort(rank[edges], axis=0)
     ahead = sparse.csr_array((np.ones(ends.shape[1], dtype=np.int32), tuple(ends)), (num, num))
     del ends
-    total = 0
-    for start in range(0, num, SPARSE_ROWS):
+
+    def count(start: int) -> int:
         some = ahead[start : start + SPARSE_ROWS]
-        total += int((some @ ahead).multiply(some).sum())
-    return total
+        return int((some @ ahead).multiply(some).sum())
+
+    # scipy lets other threads run while it multiplies.
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return sum(pool.map(count, range(0, num, SPARSE_ROWS)))
 
 
 def _sample_clustering(weights: npt.NDArray[np.float64], space: Space, level: Level) -> Estimate:
