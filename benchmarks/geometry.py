@@ -43,7 +43,7 @@ def draw_points(num: int) -> tuple[np.ndarray, np.ndarray]:
 def run_ours(x: np.ndarray, thresholds: list[float], device: str) -> dict[str, Any]:
     """Uniformity, and at each threshold the number of components and the degrees."""
     levels = [Level(False, threshold) for threshold in thresholds]
-    found = scan(Space(load_rows(x, device)), levels)
+    found = scan(Space(load_rows(x, device)), levels, list_edges=False)
     links = [found.links[level] for level in levels]
     return {
         "uniformity": math.log(found.kernel),

@@ -83,9 +83,10 @@ def load_rows(x: npt.NDArray[Any], device: str = "cpu") -> Tensor:
     for start in range(0, len(x), 8192):
         # In float32 the squares of very small or large entries would leave the range.
         part = torch.from_numpy(np.asarray(x[start : start + 8192], dtype=np.float64)).to(device)
-        num_bad += int((~part.isfinite()).any(1).sum())
-        num_zero += int((part == 0).all(1).sum())
-        rows[start : start + 8192] = part / part.norm(dim=1, keepdim=True)
+        lengths = part.norm(dim=1, keepdim=True)
+        num_bad += int((~lengths.isfinite()).sum())
+        num_zero += int((lengths == 0).sum())
+        rows[start : start + 8192] = part / lengths
     if num_bad:
         raise ValueError(f"{num_bad} of {len(x)} embeddings are not finite (NaN or infinite)")
     if num_zero:
@@ -140,9 +141,11 @@ def scan(
     *,
     codes: Tensor | None = None,
     num_neighbours: int = 0,
+    list_edges: bool = True,
     samples: dict[bool, Tensor] | None = None,
 ) -> Scan:
-    """Visits every pair once. codes int64 [n]: classes, below 0 for none. A sample (`sample_pairs`) by space says how
+    """Visits every pair once. codes int64 [n]: classes, below 0 for none. Without
+    `list_edges` no graph keeps its edges. A sample (`sample_pairs`) by space says how
     many edges a level will have; it is drawn where it is not given."""
     num, device, kind = len(space.rows), space.rows.device, space.rows.dtype
     num_neighbours = min(num_neighbours, num - 1)
@@ -150,7 +153,7 @@ def scan(
         codes = torch.full((num,), -1, device=device)
     counters = {level: _Counter(num, device) for level in levels}
     listed, counted = _divide(space, levels, samples or {})
-    stores = {centred: _Store(listed[centred]) for centred in (False, True)}
+    stores = {centred: _Store(listed[centred] if list_edges else []) for centred in (False, True)}
     best = torch.full((num, num_neighbours), -math.inf, dtype=kind, device=device)
     nearest = torch.full((num, num_neighbours), -1, dtype=torch.int64, device=device)
     total = torch.zeros((), dtype=torch.float64, device=device)
