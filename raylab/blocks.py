@@ -288,8 +288,25 @@ class Geometry(Model):
     """What is measured of the embedding space, on validation rows."""
 
     thresholds: tuple[Cosine, ...] = (0.5, 0.7, 0.9)
+    densities: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
+        (0.01, 0.05), description="graphs that join this share of the pairs"
+    )
+    neighbours: tuple[Annotated[int, Field(ge=1, le=1000)], ...] = Field(
+        (1, 10), description="k of k-NN purity and of mutual neighbour graphs"
+    )
     max_points: int = Field(2000, ge=10)
-    graph_points: int = Field(500, ge=10)
+    graph_points: int = Field(500, ge=10, description="of the points, for the graphs")
+    spans: int = Field(
+        256, ge=0, le=1024, description="documents whose spans are aligned, retrieval.span tokens each; 0: none"
+    )
+    references: bool = Field(True, description="also values of shuffled labels and of Gaussian vectors")
+    subsamples: int = Field(0, ge=0, description="intervals from so many subsamples of half the groups; 0: none")
+
+    @model_validator(mode="after")
+    def _spread(self) -> Self:
+        if self.subsamples == 1:
+            raise ValueError("subsamples: one has no spread; use 2 or more, or 0 for none")
+        return self
 
 
 class Retrieval(Model):

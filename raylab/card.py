@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from raylab.definitions import DEFINITIONS
 from raylab.ranking import Interval, compute_interval
-from raylab.settings import GEOMETRY_METRICS, SETTINGS
+from raylab.settings import SETTINGS
 from raylab.stages import FOLDER
 from raylab.tables import list_summaries, read_rows, read_trial
 
@@ -201,8 +202,14 @@ def _read_classes(results: Path, row: Mapping[str, Any]) -> dict[str, list[str]]
 
 
 def _list_geometry(geometry: Rows) -> Iterator[tuple[Any, ...]]:
+    # Those of one value: the graphs' and the histograms' many are for the tables.
+    shown = {
+        name
+        for name, definition in DEFINITIONS.items()
+        if definition.parameter is None or (isinstance(definition.parameter, tuple) and len(definition.parameter) == 1)
+    }
     for row in geometry:
-        if row["metric"] in GEOMETRY_METRICS and row["value"] is not None:
+        if row["metric"] in shown and row["value"] is not None:
             yield row["task"], row["metric"], row["parameter"], row["value"], row["num_points"]
 
 

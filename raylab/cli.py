@@ -194,7 +194,6 @@ def query(
     form: FormatOption = Format.table,
 ) -> None:
     """SQL over the result tables, while they are being written too."""
-
     from raylab.results import query as ask
     from raylab.tables import SCHEMAS
 
@@ -229,6 +228,14 @@ app.command()(unseal)
 app.command()(export)
 app.command()(profile)
 app.command()(evaluate)
+
+
+@app.command()
+def diagnose(name: str, results: ResultsOption = RESULTS, form: FormatOption = Format.table) -> None:
+    """What is wrong with each arm's embeddings, by stated rules, with the numbers they rest on."""
+    from raylab.diagnosis import diagnose_job, print_diagnosis
+
+    print_diagnosis(diagnose_job(open_folder(results), name), form)
 
 
 @app.command()

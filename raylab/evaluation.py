@@ -14,7 +14,8 @@ from raylab.corpus import TRAIN, VALIDATION, open_rows
 from raylab.draws import draw_shots
 from raylab.encoder import choose_device, embed, load_encoder
 from raylab.finetune import fine_tune
-from raylab.geometry import measure_geometry
+from raylab.geometry import Options, measure_geometry
+from raylab.heldout import pair_spans
 from raylab.identity import digest
 from raylab.noise import derive_seed
 from raylab.probes import PROBES
@@ -97,6 +98,7 @@ def _evaluate_task(spec: TrialSpec, encoder: str, task: str, model: Callable[[],
         "max_length": spec.settings.corpus.max_length,
         "long_documents": spec.settings.corpus.long_documents,
         "evaluate": measures,
+        "span": evaluate.retrieval.span if evaluate.geometry.spans else None,
         "seed": spec.seed,
     }
 
@@ -143,22 +145,47 @@ def measure_task(
         eval_store=store,
         eval_rows=validation,
     )  # fmt: skip
-    labels = rows["label"][validation]
-    geometry = measure_geometry(
+    measured = measure_geometry(
         np.asarray(x[np.searchsorted(needed, validation)]),
-        # A row may have several labels: no classes, so only what needs none is measured.
-        labels if labels.ndim == 1 else np.full(len(labels), -1),
-        thresholds=evaluate.geometry.thresholds,
+        rows["label"][validation],
+        options=Options(
+            evaluate.geometry.thresholds,
+            evaluate.geometry.densities,
+            evaluate.geometry.neighbours,
+            choose_device().type,
+        ),
         max_points=evaluate.geometry.max_points,
         graph_points=evaluate.geometry.graph_points,
         # The same points for every trial, so that a difference is never one of sampling.
         seed=derive_seed("geometry"),
+        references=evaluate.geometry.references,
+        subsamples=evaluate.geometry.subsamples,
+        groups=rows["group"][validation],
+        spans=embed_spans(spec, model, store, validation),
     )
-    return {
-        "scores": scores,
-        "confusions": confusions,
-        "geometry": [row._asdict() | {"value": None if np.isnan(row.value) else row.value} for row in geometry],
-    }
+    geometry = [
+        {key: None if isinstance(value, float) and np.isnan(value) else value for key, value in row._asdict().items()}
+        for row in measured
+    ]
+    return {"scores": scores, "confusions": confusions, "geometry": geometry}
+
+
+def embed_spans(
+    spec: TrialSpec, model: Callable[[], nn.Module], store: TokenStore, rows: Ints
+) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
+    """Embeddings [m, D] of two spans of each of some rows, for the geometry; None where none are asked for."""
+    evaluate = spec.settings.evaluate
+    if not evaluate.geometry.spans:
+        return None
+    vocabulary = Vocabulary(**read_info(Path(spec.results) / FOLDER / spec.tokenizer))
+    sides = [
+        embed(
+            model(), side, np.arange(len(side.lengths)), vocabulary,
+            max_length=spec.settings.corpus.max_length, long_documents="truncate",
+        )
+        for side in pair_spans(store, rows, evaluate.geometry.spans, evaluate.retrieval)
+    ]  # fmt: skip
+    return sides[0], sides[1]
 
 
 def embed_rows(

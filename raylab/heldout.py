@@ -46,6 +46,35 @@ def _choose(rows: Ints) -> Ints:
     return rows[order[:MOST_DOCUMENTS]]
 
 
+def cut_spans(tokens: NDArray[np.int32], place: float, retrieval: Retrieval) -> tuple[NDArray[np.int32], ...]:
+    """A span of a text and the one that follows it; `place` in [0, 1) says where."""
+    span = min(retrieval.span, len(tokens) // 2)
+    start = int(place * (len(tokens) - 2 * span + 1))
+    return tokens[start : start + span], tokens[start + span : start + 2 * span]
+
+
+def pair_spans(store: TokenStore, rows: Ints, number: int, retrieval: Retrieval) -> tuple[TokenStore, TokenStore]:
+    """Two spans of each of at most `number` of the rows, always the same ones: the first spans and what follows them.
+
+    Rows under 2 x SHORTEST_SPAN tokens are left out.
+    """
+    chosen = _choose(rows[store.lengths[rows] >= 2 * SHORTEST_SPAN])[:number]
+    places = uniforms(derive_seed(HELD_OUT, "aligned spans"), chosen, 1)[:, 0]
+    pairs = [
+        cut_spans(store.values[store.offsets[row] : store.offsets[row + 1]], place, retrieval)
+        for row, place in zip(chosen, places, strict=True)
+    ]
+    sides = [[pair[side] for pair in pairs] for side in (0, 1)]
+    first, second = (
+        TokenStore(
+            np.concatenate([np.zeros(0, dtype=np.int32), *side]),
+            np.concatenate([[0], np.cumsum([len(span) for span in side], dtype=np.int64)]).astype(np.int64),
+        )
+        for side in sides
+    )
+    return first, second
+
+
 def prepare_heldout(
     store: TokenStore, rows: Ints, categories: Ints | None, vocabulary: Vocabulary, corpus: Corpus, retrieval: Retrieval
 ) -> HeldOut:
@@ -71,11 +100,9 @@ def prepare_heldout(
         places = uniforms(derive_seed(HELD_OUT, "spans", draw), long_enough, 1)[:, 0]
         # Pools are filled in order; what is left over after the last full pool is not used.
         for row, place in list(zip(long_enough, places, strict=True))[: len(long_enough) // candidates * candidates]:
-            tokens = store.values[store.offsets[row] : store.offsets[row + 1]]
-            span = min(retrieval.span, len(tokens) // 2)
-            start = int(place * (len(tokens) - 2 * span + 1))
-            anchors.append(tokens[start : start + span])
-            positives.append(tokens[start + span : start + 2 * span])
+            anchor, positive = cut_spans(store.values[store.offsets[row] : store.offsets[row + 1]], place, retrieval)
+            anchors.append(anchor)
+            positives.append(positive)
     return HeldOut(
         masked,
         mask,

@@ -11,13 +11,13 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from raylab.definitions import DEFINITIONS
 from raylab.designs import check_design
 from raylab.explanations import explain, inner_types
 from raylab.mistakes import JobError
 from raylab.paths import resolve_encoder, resolve_paths
 from raylab.settings import (
     ARM_BLOCKS,
-    GEOMETRY_METRICS,
     LOSS_BLOCKS,
     OBJECTIVE_BLOCKS,
     SCORE_METRICS,
@@ -304,10 +304,13 @@ def _check_references(job: Job) -> list[str]:
         if target.table == "geometry":
             if {"shots", "probe", "frozen_layers", "class_name"} & target.model_fields_set:
                 problems.append(f"{where}: geometry has no shots, probe, frozen_layers or class; leave them out")
-            if target.metric not in GEOMETRY_METRICS:
+            if target.metric not in DEFINITIONS:
                 problems.append(
-                    f"{where}.metric: '{target.metric}' is not measured; {near(target.metric, GEOMETRY_METRICS)}"
+                    f"{where}.metric: '{target.metric}' is not measured; {near(target.metric, list(DEFINITIONS))}"
                 )
+            elif not list_parameters(job, target.metric):
+                setting = f"evaluate.geometry.{DEFINITIONS[target.metric].parameter}"
+                problems.append(f"{where}.metric: '{target.metric}' is not measured; {setting} is empty, add to it")
             elif (at := list_parameters(job, target.metric)) and target.parameter not in (None, *at):
                 listed = ", ".join(f"{value:g}" for value in at if value is not None)
                 fix = f"measured at: {listed}" if listed else f"{target.metric} has none; leave it out"

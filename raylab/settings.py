@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from raylab.definitions import DEFINITIONS
 from raylab.explanations import explain, inner_types, model_of
 from raylab.mistakes import JobError
 from raylab.specs import Choices, Job, Target, TrialSpec
@@ -46,16 +47,6 @@ SCORE_METRICS = (
     "roc_auc_class",
     "average_precision_class",
 )
-GEOMETRY_METRICS = (
-    "uniformity",
-    "alignment",
-    "cosine_within",
-    "cosine_between",
-    "silhouette",
-    "graph_components",
-    "graph_largest_share",
-)
-GEOMETRY_EXPONENT = 2.0  # of uniformity and alignment
 
 
 def _walk(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -237,15 +228,16 @@ def is_integer(name: str) -> bool:
 
 def list_parameters(job: Job, metric: str) -> tuple[float | None, ...]:
     """The parameters at which a geometry metric is measured; None for a metric without one."""
-    if metric.startswith("graph_"):
-        return job.evaluate.geometry.thresholds
-    return (GEOMETRY_EXPONENT,) if metric in ("uniformity", "alignment") else (None,)
+    parameter = DEFINITIONS[metric].parameter
+    if isinstance(parameter, str):
+        return tuple(float(value) for value in getattr(job.evaluate.geometry, parameter))
+    return parameter or (None,)
 
 
 def resolve_target(job: Job, target: Target) -> dict[str, Any]:
     """Which rows of the table a target averages for an arm: column -> value."""
     if target.table == "geometry":
-        measured = list_parameters(job, target.metric)
+        measured = list_parameters(job, target.metric) if target.metric in DEFINITIONS else ()
         parameter = measured[0] if target.parameter is None and measured else target.parameter
         return {"task": target.task, "metric": target.metric, "parameter": parameter}
     shots = target.shots if target.shots is not None and target.shots in job.evaluate.shots else job.evaluate.shots[0]

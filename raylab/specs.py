@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
 from raylab.blocks import Corpus, Encoder, Evaluate, Model, Name, Positive, Pretrain, Seed
+from raylab.definitions import DEFINITIONS
 
 # The designs that ask for one arm after another; the others run arms that are known from the start.
 ADAPTIVE = ("random", "tpe", "nsga2")
@@ -24,7 +25,15 @@ class Target(Model):
     frozen_layers: str = "all"
     probe: str | None = Field(None, description="null: the first of evaluate")
     parameter: float | None = Field(None, description="geometry only: threshold or exponent; null: the first")
-    mode: Literal["max", "min"] = "max"
+    mode: Literal["max", "min"] = Field("max", description="of a geometry metric by default the better direction")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _better(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("table") == "geometry" and values.get("metric") in DEFINITIONS:
+            direction = DEFINITIONS[values["metric"]].direction
+            return {"mode": direction} | values if direction != "none" else values
+        return values
 
 
 class Confirm(Model):

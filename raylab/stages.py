@@ -27,7 +27,7 @@ VERSIONS = {
     "pretrain": 2,
     "heldout": 1,
     "embed": 1,
-    "evaluate": 2,
+    "evaluate": 3,
     "baseline": 2,
 }
 FOLDER = "_stages"

@@ -58,7 +58,8 @@ SCHEMAS: dict[str, pa.Schema] = {
     "geometry": pa.schema(
         {
             "job": _text, "trial_id": _text, "rung": _int, "task": _text, "split": _text, "metric": _text,
-            "parameter": _float, "value": _float, "num_points": _int,
+            "parameter": _float, "value": _float, "num_points": _int, "reference": _float, "low": _float,
+            "high": _float,
         }
     ),
     "curves": pa.schema(

@@ -105,7 +105,7 @@ VALUES = {
     "scores": "trial_id, rung, task, split, shots, frozen_layers, probe, draw, metric, class, value, num_train, "
     "num_eval",
     "confusions": "trial_id, rung, task, split, shots, frozen_layers, probe, draw, class, predicted, count",
-    "geometry": "trial_id, rung, task, split, metric, parameter, value, num_points",
+    "geometry": "trial_id, rung, task, split, metric, parameter, value, num_points, reference, low, high",
     "curves": "trial_id, step, tokens, metric, value",
     "stages": "trial_id, stage_id, kind",
     "trials": "trial_id, arm, phase, seed, status, rung, target_values, num_steps, num_tokens, data_digest",

@@ -11,11 +11,11 @@ import pytest
 import yaml
 
 from raylab import geometry, scores
+from raylab.definitions import DEFINITIONS
 from raylab.identity import name_arm
 from raylab.jobs import check_job, dump_yaml, load_job, merge, read_value, read_yaml
 from raylab.mistakes import JobError
 from raylab.settings import (
-    GEOMETRY_METRICS,
     SCORE_METRICS,
     SETTINGS,
     list_parameters,
@@ -276,20 +276,31 @@ def test_every_search_space_parses(path: Path) -> None:
 
 def test_metrics_named_in_settings_are_those_measured() -> None:
     assert SCORE_METRICS == scores.METRICS
-    assert tuple(geometry.DEFINITIONS) == GEOMETRY_METRICS
 
 
-@pytest.mark.parametrize("metric", GEOMETRY_METRICS)
+@pytest.mark.parametrize("metric", DEFINITIONS)
 def test_a_geometry_target_without_a_parameter_is_what_is_measured(metric: str) -> None:
     target = {"table": "geometry", "task": "kind", "metric": metric}
-    job = check_job(vary(search={"targets": [target]}, evaluate={"geometry": {"thresholds": [0.3, 0.6]}}))
+    asked = {"thresholds": [0.3, 0.6], "densities": [0.2], "neighbours": [2, 3]}
+    job = check_job(vary(search={"targets": [target]}, evaluate={"geometry": asked}))
+    settings = job.evaluate.geometry
     x = np.random.default_rng(0).normal(size=(20, 4)).astype(np.float32)
-    rows = geometry.measure_geometry(
-        x, np.arange(20) % 2, thresholds=job.evaluate.geometry.thresholds, max_points=20, graph_points=20, seed=0
-    )
+    options = geometry.Options(settings.thresholds, settings.densities, settings.neighbours)
+    rows = geometry.measure_geometry(x, np.arange(20) % 2, options=options, max_points=20, graph_points=20, seed=0)
     measured = tuple(row.parameter for row in rows if row.metric == metric)
     assert list_parameters(job, metric) == measured
     assert resolve_target(job, job.search.targets[0])["parameter"] == measured[0]
+    direction = DEFINITIONS[metric].direction
+    assert job.search.targets[0].mode == (direction if direction != "none" else "max")
+    other = check_job(vary(search={"targets": [target | {"mode": "min"}]}, evaluate={"geometry": asked}))
+    assert other.search.targets[0].mode == "min"
+
+
+def test_a_geometry_target_that_is_measured_nowhere_is_refused() -> None:
+    target = {"table": "geometry", "task": "kind", "metric": "knn_purity"}
+    with pytest.raises(JobError) as caught:
+        check_job(vary(search={"targets": [target]}, evaluate={"geometry": {"neighbours": []}}))
+    assert "evaluate.geometry.neighbours is empty" in caught.value.problems[0]
 
 
 def test_every_setting_is_read_outside_the_models() -> None:
@@ -399,8 +410,13 @@ CHANGES: dict[str, tuple[Any, bool]] = {
     "evaluate.fine_tune.weight_decay": (0.2, True),
     "evaluate.fine_tune.hidden_size": (8, True),
     "evaluate.geometry.thresholds": ([0.1], False),
+    "evaluate.geometry.densities": ([0.1], False),
+    "evaluate.geometry.neighbours": ([3], False),
     "evaluate.geometry.max_points": (50, False),
     "evaluate.geometry.graph_points": (50, False),
+    "evaluate.geometry.spans": (0, False),
+    "evaluate.geometry.references": (False, False),
+    "evaluate.geometry.subsamples": (5, False),
     "evaluate.retrieval.span": (8, False),
     "evaluate.retrieval.candidates": (8, False),
 }

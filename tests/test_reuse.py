@@ -90,8 +90,13 @@ CHANGES = {
     "evaluate.fine_tune.weight_decay": ("mlm", 0.1, {"arm", "measures"}),
     "evaluate.fine_tune.hidden_size": ("mlm", 64, {"arm", "measures"}),
     "evaluate.geometry.thresholds": ("mlm", [0.6], {"measures"}),
+    "evaluate.geometry.densities": ("mlm", [0.1], {"measures"}),
+    "evaluate.geometry.neighbours": ("mlm", [3], {"measures"}),
     "evaluate.geometry.max_points": ("mlm", 90, {"measures"}),
     "evaluate.geometry.graph_points": ("mlm", 40, {"measures"}),
+    "evaluate.geometry.spans": ("mlm", 9, {"measures"}),
+    "evaluate.geometry.references": ("mlm", False, {"measures"}),
+    "evaluate.geometry.subsamples": ("mlm", 5, {"measures"}),
     "evaluate.retrieval.span": ("mlm", 12, {"measures"}),
     "evaluate.retrieval.candidates": ("mlm", 9, {"measures"}),
 }

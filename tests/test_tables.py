@@ -60,7 +60,8 @@ EXPECTED = {
     },
     "geometry": {
         "job": "string", "trial_id": "string", "rung": "int64", "task": "string", "split": "string",
-        "metric": "string", "parameter": "double", "value": "double", "num_points": "int64",
+        "metric": "string", "parameter": "double", "value": "double", "num_points": "int64", "reference": "double",
+        "low": "double", "high": "double",
     },
     "curves": {
         "job": "string", "trial_id": "string", "step": "int64", "tokens": "int64", "metric": "string",
