@@ -26,7 +26,9 @@ VERSIONS = {
     "pretrain": 2,
     "heldout": 1,
     "embed": 1,
-    "evaluate": 1,
+    "activations": 1,
+    "cell": 1,
+    "evaluate": 2,
     "baseline": 1,
 }
 FOLDER = "_stages"

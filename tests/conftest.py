@@ -102,7 +102,8 @@ def make_job(tiny_job):
 
 # The columns that an interrupted run must share with an unbroken one, by table (promise 1 of the design).
 VALUES = {
-    "scores": "trial_id, rung, task, split, shots, frozen_layers, probe, draw, metric, value, num_train, num_eval",
+    "scores": "trial_id, rung, task, split, shots, frozen_layers, probe, draw, metric, value, num_train, num_eval, "
+    "selection, parameters_updated",
     "geometry": "trial_id, rung, task, split, metric, parameter, value, num_points",
     "curves": "trial_id, step, tokens, metric, value",
     "stages": "trial_id, stage_id, kind",

@@ -1,0 +1,175 @@
+"""The cells of an evaluation, shots x draws x freeze depths x probes: trained together where possible, and scored."""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from raylab.activations import Texts
+from raylab.encoder import choose_device, copy_above
+from raylab.finetune import fine_tune
+from raylab.heads import Floats, Run, Trained, train_heads
+from raylab.identity import digest
+from raylab.noise import derive_seed
+from raylab.probes import LOGISTIC_C, Fit, Rows, fit_probe, list_steps, list_strengths, train_logistic
+from raylab.scores import compute_scores
+from raylab.specs import TrialSpec
+from raylab.stages import FOLDER, build_stage, read_info
+
+Ints = NDArray[np.int64]
+# Fine-tuned cells of so many steps are kept: shorter ones are done again sooner than found.
+KEPT_STEPS = 50
+
+
+class Draw(NamedTuple):
+    """One choice of training rows: `shots` a class (None: all), the `draw`-th, as rows of the task's table."""
+
+    shots: int | None
+    draw: int
+    rows: Ints
+
+
+class Inputs(NamedTuple):
+    """What classifiers see of some rows, by place in one list: rows int64 [n], rising, is where each comes from.
+
+    Embeddings x [n, D], and `texts(depth)`: what enters the layers above a freeze depth. Where `encoder`, the id of the
+    encoder's stage, is given, fine-tuned cells are kept; `tokens` is the id of the rows' tokens.
+    """
+
+    rows: Ints
+    x: NDArray[np.float32]
+    texts: Callable[[str], Texts]
+    tokens: str
+    encoder: str | None
+
+    def find(self, rows: Ints) -> Ints:
+        """The places of some rows."""
+        return np.searchsorted(self.rows, rows)
+
+
+def score_draws(
+    spec: TrialSpec,
+    model: Callable[[], nn.Module],
+    task: str,
+    draws: list[Draw],
+    labels: NDArray[Any],
+    groups: Ints,
+    inputs: Inputs,
+    judges: Rows,
+    wanted: Rows,
+) -> Iterator[dict[str, Any]]:
+    """Rows of scores for every shots, draw, freeze depth, probe and metric, on the `wanted` rows.
+
+    labels and groups are those of the task's table, which draws index; `judges` the validation rows, looked at where
+    `evaluate.selection` says so.
+    """
+    evaluate, root = spec.settings.evaluate, Path(spec.results) / FOLDER
+    outputs = len(read_info(root / spec.corpus)["classes"][task])
+    if labels.ndim == 1:  # a row without a label can't be scored
+        judges, wanted = (Rows(of.rows[of.labels >= 0], of.labels[of.labels >= 0]) for of in (judges, wanted))
+    cells: dict[tuple[str, str], list[Trained]] = {}
+    for depth in evaluate.frozen_layers:
+        probes: tuple[str, ...] = evaluate.probes if depth == "all" else ("mlp",)
+        for probe in probes:
+            fits = [
+                Fit(
+                    inputs.find(draw.rows), labels[draw.rows], groups[draw.rows],
+                    derive_seed(spec.seed, "probe", task, probe, depth, str(draw.shots), draw.draw),
+                )
+                for draw in draws
+            ]  # fmt: skip
+            steps = evaluate.fine_tune.steps
+            tried: list[float] = list_strengths(evaluate.selection)
+            default = tried.index(LOGISTIC_C)
+            if probe == "mlp":
+                tried = [*list_steps(steps, evaluate.selection)]
+                default = tried.index(steps)
+            cells[depth, probe] = fit_probe(
+                _trainer(spec, model, depth, probe, tried, outputs, inputs), fits, wanted.rows,
+                candidates=len(tried), default=default, selection=evaluate.selection, judges=judges,
+            )  # fmt: skip
+    for index, draw in enumerate(draws):
+        for (depth, probe), trained in cells.items():
+            cell = trained[index]
+            for metric, value in compute_scores(wanted.labels, cell.probabilities[0]).items():
+                yield {
+                    "shots": draw.shots,
+                    "frozen_layers": depth,
+                    "probe": probe,
+                    "draw": draw.draw,
+                    "metric": metric,
+                    "value": None if np.isnan(value) else value,
+                    "num_train": len(draw.rows),
+                    "num_eval": len(wanted.rows),
+                    "selection": evaluate.selection,
+                    "parameters_updated": cell.num_parameters,
+                    "train_seconds": cell.seconds,
+                }
+
+
+def _trainer(
+    spec: TrialSpec,
+    model: Callable[[], nn.Module],
+    depth: str,
+    probe: str,
+    tried: Sequence[float],
+    outputs: int,
+    inputs: Inputs,
+) -> Callable[[list[Run]], list[Trained]]:
+    """What trains the runs of a probe at a freeze depth, at each of the candidates `tried`."""
+    settings, steps = spec.settings.evaluate.fine_tune, [int(step) for step in tried]
+    if depth == "all":
+        x = torch.from_numpy(np.array(inputs.x)).to(choose_device())
+        if probe == "logistic":
+            return lambda runs: train_logistic(x, runs, tried, outputs, settings.class_weights)
+        return lambda runs: train_heads(x, runs, steps, outputs, settings)
+
+    @functools.cache
+    def open_above() -> tuple[nn.Module, Texts]:
+        return copy_above(model(), depth), inputs.texts(depth)
+
+    pad_id = read_info(Path(spec.results) / FOLDER / spec.tokenizer)["pad_id"]
+
+    def train_one(run: Run) -> Trained:
+        def train() -> Trained:
+            above, texts = open_above()
+            return fine_tune(above, texts, run, steps, outputs, settings, pad_id=pad_id)
+
+        if inputs.encoder is None or steps[run.until] < KEPT_STEPS:
+            return train()
+        return keep_cell(spec, depth, run, steps, inputs, train)
+
+    return lambda runs: [train_one(run) for run in runs]
+
+
+def keep_cell(
+    spec: TrialSpec, depth: str, run: Run, steps: list[int], inputs: Inputs, train: Callable[[], Trained]
+) -> Trained:
+    """A fine-tuned cell as a stage of its own: an evaluation that is interrupted, or asks for more, goes on from it."""
+    corpus, settings = spec.settings.corpus, spec.settings.evaluate.fine_tune
+    key = {
+        "encoder": inputs.encoder,
+        "depth": depth,
+        "tokens": inputs.tokens,
+        "train": digest([inputs.rows[run.train].tolist(), run.labels.tolist()]),
+        "eval": digest(inputs.rows[run.eval].tolist()),
+        "steps": steps[: run.until + 1],
+        "fine_tune": settings.model_dump(mode="json", exclude={"steps"}),
+        "max_length": corpus.max_length,
+        "long_documents": corpus.long_documents,
+        "seed": run.seed,
+    }
+
+    def build(folder: Path) -> dict[str, Any]:
+        trained = train()
+        np.save(folder / "probabilities.npy", np.stack(trained.probabilities))
+        return {"num_parameters": trained.num_parameters, "seconds": trained.seconds}
+
+    stage = build_stage(Path(spec.results), "cell", key, build)
+    found: list[Floats] = list(np.load(stage.path / "probabilities.npy"))
+    return Trained(found, stage.info["num_parameters"], stage.info["seconds"])
