@@ -12,18 +12,20 @@ from torch import nn
 
 from raylab.activations import Texts
 from raylab.encoder import choose_device, copy_above
-from raylab.finetune import fine_tune
+from raylab.finetune import STATE, Tuning
 from raylab.heads import Floats, Run, Trained, train_heads
 from raylab.identity import digest
 from raylab.noise import derive_seed
 from raylab.probes import LOGISTIC_C, Fit, Rows, fit_probe, list_steps, list_strengths, train_logistic
 from raylab.scores import compute_scores
 from raylab.specs import TrialSpec
-from raylab.stages import FOLDER, build_stage, read_info
+from raylab.stages import FOLDER, Stage, build_stage, name_stage, prune_stage, read_info
 
 Ints = NDArray[np.int64]
 # Fine-tuned cells of so many steps are kept: shorter ones are done again sooner than found.
 KEPT_STEPS = 50
+# A longer cell is kept on the way, every so many steps.
+PART_STEPS = 1000
 
 
 class Draw(NamedTuple):
@@ -136,40 +138,61 @@ def _trainer(
     pad_id = read_info(Path(spec.results) / FOLDER / spec.tokenizer)["pad_id"]
 
     def train_one(run: Run) -> Trained:
-        def train() -> Trained:
+        def start() -> Tuning:
             above, texts = open_above()
-            return fine_tune(above, texts, run, steps, outputs, settings, pad_id=pad_id)
+            return Tuning(above, texts, run, outputs, settings, pad_id)
 
-        if inputs.encoder is None or steps[run.until] < KEPT_STEPS:
-            return train()
-        return keep_cell(spec, depth, run, steps, inputs, train)
+        if inputs.encoder is not None and steps[run.until] >= KEPT_STEPS:
+            return keep_cell(spec, depth, run, steps, inputs, start)
+        tuning = start()
+        tuning.train(steps[run.until], steps)
+        return tuning.finish()
 
     return lambda runs: [train_one(run) for run in runs]
 
 
 def keep_cell(
-    spec: TrialSpec, depth: str, run: Run, steps: list[int], inputs: Inputs, train: Callable[[], Trained]
+    spec: TrialSpec, depth: str, run: Run, steps: list[int], inputs: Inputs, start: Callable[[], Tuning]
 ) -> Trained:
-    """A fine-tuned cell as a stage of its own: an evaluation that is interrupted, or asks for more, goes on from it."""
-    corpus, settings = spec.settings.corpus, spec.settings.evaluate.fine_tune
+    """A fine-tuned cell as a stage of its own: an evaluation that is interrupted, or asks for more, goes on from it.
+
+    A long one is a chain of stages, with its weights and optimiser after every `PART_STEPS`, until its end is there.
+    """
+    results, corpus = Path(spec.results), spec.settings.corpus
     key = {
         "encoder": inputs.encoder,
-        "depth": depth,
         "tokens": inputs.tokens,
+        "depth": depth,
         "train": digest([inputs.rows[run.train].tolist(), run.labels.tolist()]),
         "eval": digest(inputs.rows[run.eval].tolist()),
         "steps": steps[: run.until + 1],
-        "fine_tune": settings.model_dump(mode="json", exclude={"steps"}),
+        "fine_tune": spec.settings.evaluate.fine_tune.model_dump(mode="json", exclude={"steps"}),
         "max_length": corpus.max_length,
         "long_documents": corpus.long_documents,
         "seed": run.seed,
     }
+    last = steps[run.until]
+    ends = [*range(PART_STEPS, last, PART_STEPS), last]
 
-    def build(folder: Path) -> dict[str, Any]:
-        trained = train()
-        np.save(folder / "probabilities.npy", np.stack(trained.probabilities))
-        return {"num_parameters": trained.num_parameters, "seconds": trained.seconds}
+    def reach(part: int) -> Stage:
+        def build(folder: Path) -> dict[str, Any]:
+            tuning = start()
+            if part:
+                tuning.load(reach(part - 1).path)
+            tuning.train(ends[part], steps)
+            if ends[part] < last:
+                tuning.save(folder)
+                return {}
+            trained = tuning.finish()
+            np.save(folder / "probabilities.npy", np.stack(trained.probabilities))
+            return {"num_parameters": trained.num_parameters, "seconds": trained.seconds}
 
-    stage = build_stage(Path(spec.results), "cell", key, build)
+        return build_stage(
+            results, "cell", {**key, "until": ends[part]}, build, needs=STATE if ends[part] < last else None
+        )
+
+    stage = reach(len(ends) - 1)
+    for end in ends[:-1]:
+        prune_stage(results, name_stage("cell", {**key, "until": end}), ("",))
     found: list[Floats] = list(np.load(stage.path / "probabilities.npy"))
     return Trained(found, stage.info["num_parameters"], stage.info["seconds"])

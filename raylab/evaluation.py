@@ -19,7 +19,7 @@ from raylab.geometry import measure_geometry
 from raylab.identity import digest
 from raylab.noise import derive_seed
 from raylab.probes import Rows
-from raylab.settings import possible_values
+from raylab.settings import list_boundaries
 from raylab.specs import TrialSpec
 from raylab.stages import FOLDER, Stage, build_stage, read_info
 from raylab.tokens import TokenStore, Vocabulary, open_tokens
@@ -74,12 +74,6 @@ def evaluate_encoder(spec: TrialSpec, stage_id: str, rung: int, open_encoder: Ca
     return result
 
 
-def list_boundaries(spec: TrialSpec) -> list[str]:
-    """The freeze depths whose hidden states are kept, over all arms of the job: they share one pass."""
-    depths = possible_values(spec.settings, "evaluate.frozen_layers") - {"all", "none"}
-    return sorted(depths, key=lambda depth: int(depth) if depth.isdigit() else 0)
-
-
 def _evaluate_task(spec: TrialSpec, encoder: str, task: str, model: Callable[[], nn.Module]) -> list[Stage]:
     """The embeddings, hidden states and, last, evaluation of an encoder's stage on a task, kept by content."""
     evaluate, root = spec.settings.evaluate, Path(spec.results) / FOLDER
@@ -105,12 +99,12 @@ def _evaluate_task(spec: TrialSpec, encoder: str, task: str, model: Callable[[],
         if "activations" not in used:
             used["activations"] = state_rows(spec, model, encoder, spec.tokens[task], store, needed)
             # All at once: what is mapped stays, also where another job's end prunes the files.
-            depths = set(list_boundaries(spec)) & set(evaluate.frozen_layers)
+            depths = set(list_boundaries(spec.settings)) & set(evaluate.frozen_layers)
             states.update({depth: open_states(used["activations"].path, depth) for depth in depths})
         return states[depth]
 
     def open_embeddings(store: TokenStore, needed: Ints) -> NDArray[np.float32]:
-        for depth in set(list_boundaries(spec)) & set(evaluate.frozen_layers):
+        for depth in set(list_boundaries(spec.settings)) & set(evaluate.frozen_layers):
             open_states_of(store, needed, depth)  # their pass gives the embeddings too
         used["embed"] = embed_rows(spec, model, encoder, task, store, needed, used.get("activations"))
         x: NDArray[np.float32] = np.load(used["embed"].path / "embeddings.npy", mmap_mode="r")
@@ -177,7 +171,9 @@ def state_rows(
     root, corpus = Path(spec.results) / FOLDER, spec.settings.corpus
     vocabulary = Vocabulary(**read_info(root / spec.tokenizer))
     key = _embedding_key(spec, encoder, tokens, needed)
-    return keep_states(Path(spec.results), key, model, store, needed, vocabulary, corpus, list_boundaries(spec))
+    return keep_states(
+        Path(spec.results), key, model, store, needed, vocabulary, corpus, list_boundaries(spec.settings)
+    )
 
 
 def _embedding_key(spec: TrialSpec, encoder: str, tokens: str, needed: Ints) -> dict[str, Any]:

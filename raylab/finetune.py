@@ -3,11 +3,13 @@
 import copy
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from raylab.activations import Texts
@@ -29,6 +31,8 @@ from raylab.heads import (
 from raylab.noise import derive_seed
 
 EVAL_TOKENS = 16_384
+STATE = "state.safetensors"
+OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")
 # On CPU a training batch passes in so many parts of like length: padding costs more there than small products do.
 CPU_PARTS = 4
 
@@ -73,45 +77,94 @@ def pad_pieces(texts: Texts, pieces: Ints, pad_id: int) -> tuple[NDArray[Any], I
     return inputs, (np.arange(inputs.shape[1]) < lengths[:, None]).astype(np.int64)
 
 
+class Tuning:
+    """A fine-tuning in memory: a copy of the layers above a boundary, a head on them, their optimiser, and how far.
+
+    Every batch, initial weight and dropout is a function of the run's seed and the step, so that no random state is
+    part of it.
+    """
+
+    def __init__(self, above: nn.Module, texts: Texts, run: Run, outputs: int, settings: FineTune, pad_id: int) -> None:
+        self.texts, self.run, self.settings, self.pad_id = texts, run, settings, pad_id
+        self.model = copy.deepcopy(above).train()
+        self.device = find_device(self.model)
+        config: Any = self.model.config
+        self.head = Heads([run.seed], config.hidden_size, outputs, settings).to(self.device)
+        groups = split_decay(list(self.model.named_parameters()), settings.learning_rate, settings.weight_decay)
+        groups += split_decay(list(self.head.named_parameters()), settings.head_learning_rate, settings.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups)
+        self.step, self.seconds = 0, 0.0
+        self.found: list[Floats] = []
+
+    def named(self) -> dict[str, nn.Parameter]:
+        """All that is trained, by name."""
+        parts = (("model", self.model), ("head", self.head))
+        return {f"{part}.{name}": p for part, module in parts for name, p in module.named_parameters()}
+
+    def train(self, until: int, steps: Sequence[int]) -> None:
+        """Goes on to step `until`; the probabilities of the run's rows at each of `steps` on the way are `found`."""
+        started = time.perf_counter()
+        run, settings, multi = self.run, self.settings, self.run.labels.ndim == 2
+        trained = list(self.named().values())
+        order = Order(run.seed, len(run.train), settings.batch_size)
+        weights = weigh_rows(run.labels, settings.class_weights)
+        labels = run.labels.astype(np.int64)
+        parts = CPU_PARTS if self.device.type == "cpu" else 1
+        for step in range(self.step, until):
+            torch.manual_seed(derive_seed(run.seed, "dropout", step))
+            batch = order.batch(step)
+            x = embed_texts(self.model, self.texts, run.train[batch], pad_id=self.pad_id, parts=parts)
+            loss = classify_loss(
+                self.head(x[None], step),
+                torch.from_numpy(labels[batch]).to(self.device)[None],
+                torch.from_numpy(weights[batch]).to(self.device)[None],
+            )[0]
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
+            self.optimizer.step()
+            if step + 1 in steps:
+                logits = _predict(self.model, self.head, self.texts, run.eval, self.pad_id)
+                self.found.append(to_probabilities(logits, multi=multi))
+                self.model.train()
+        self.step = until
+        self.seconds += time.perf_counter() - started
+
+    def finish(self) -> Trained:
+        """What came of it; parameters that no gradient reached were not updated."""
+        sizes = [p.numel() for p in self.named().values() if p in self.optimizer.state]
+        return Trained(self.found, sum(sizes), self.seconds)
+
+    def save(self, folder: Path) -> None:
+        """Writes weights and optimiser to state.safetensors, the rest to progress.npz; no pickle."""
+        tensors = {}
+        for name, p in self.named().items():
+            tensors[name] = p.detach()
+            tensors |= {f"{name}|{key}": value for key, value in self.optimizer.state.get(p, {}).items()}
+        save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, folder / STATE)
+        found = np.stack(self.found) if self.found else np.zeros(0)
+        np.savez(folder / "progress.npz", found=found, step=self.step, seconds=self.seconds)
+
+    def load(self, folder: Path) -> None:
+        """Goes to where `save` was called."""
+        tensors = load_file(folder / STATE)
+        with torch.no_grad():
+            for name, p in self.named().items():
+                p.copy_(tensors[name])
+                state = {key: tensors[f"{name}|{key}"] for key in OPTIMIZER_STATE if f"{name}|{key}" in tensors}
+                if state:
+                    self.optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in state.items()}
+        progress = np.load(folder / "progress.npz")
+        self.found, self.step, self.seconds = list(progress["found"]), int(progress["step"]), float(progress["seconds"])
+
+
 def fine_tune(
     above: nn.Module, texts: Texts, run: Run, steps: Sequence[int], outputs: int, settings: FineTune, *, pad_id: int
 ) -> Trained:
-    """Trains a copy of the layers above a boundary with a head, to each of `steps` (rising) up to the run's `until`.
-
-    Every batch, initial weight and dropout is a function of the run's seed and the step. `above` is left as it is.
-    """
-    started, multi = time.perf_counter(), run.labels.ndim == 2
-    model = copy.deepcopy(above).train()
-    device = find_device(model)
-    config: Any = model.config
-    head = Heads([run.seed], config.hidden_size, outputs, settings).to(device)
-    groups = split_decay(list(model.named_parameters()), settings.learning_rate, settings.weight_decay)
-    groups += split_decay(list(head.named_parameters()), settings.head_learning_rate, settings.weight_decay)
-    optimizer = torch.optim.AdamW(groups)
-    trained = [*model.parameters(), *head.parameters()]
-    order = Order(run.seed, len(run.train), settings.batch_size)
-    weights = weigh_rows(run.labels, settings.class_weights)
-    labels = run.labels.astype(np.int64)
-    parts = CPU_PARTS if device.type == "cpu" else 1
-    found: list[Floats] = []
-    for step in range(steps[run.until]):
-        torch.manual_seed(derive_seed(run.seed, "dropout", step))
-        batch = order.batch(step)
-        x = embed_texts(model, texts, run.train[batch], pad_id=pad_id, parts=parts)
-        loss = classify_loss(
-            head(x[None], step),
-            torch.from_numpy(labels[batch]).to(device)[None],
-            torch.from_numpy(weights[batch]).to(device)[None],
-        )[0]
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
-        optimizer.step()
-        if step + 1 in steps:
-            found.append(to_probabilities(_predict(model, head, texts, run.eval, pad_id), multi=multi))
-            model.train()
-    used = [p for p in trained if p.grad is not None]
-    return Trained(found, sum(p.numel() for p in used), time.perf_counter() - started)
+    """Trains a copy of the layers above a boundary with a head, to each of `steps` (rising) up to the run's `until`."""
+    tuning = Tuning(above, texts, run, outputs, settings, pad_id)
+    tuning.train(steps[run.until], steps)
+    return tuning.finish()
 
 
 @torch.inference_mode()

@@ -133,6 +133,12 @@ def possible_values(job: Job, name: str) -> set[Any]:
     return values
 
 
+def list_boundaries(job: Job) -> list[str]:
+    """The freeze depths whose hidden states are kept, over all arms of the job: they share one pass."""
+    depths = possible_values(job, "evaluate.frozen_layers") - {"all", "none"}
+    return sorted(depths, key=lambda depth: int(depth) if depth.isdigit() else 0)
+
+
 def list_unread(job: Job) -> list[str]:
     """The settings of pretrain that no arm of this job reads."""
     arms = [

@@ -10,6 +10,7 @@ from raylab import cells, evaluation
 from raylab.corpus import TRAIN, VALIDATION, open_rows
 from raylab.encoder import embed, load_encoder
 from raylab.evaluation import list_draws
+from raylab.finetune import Tuning
 from raylab.pretrain import open_data
 from raylab.scores import METRICS
 from raylab.stages import FOLDER, read_info
@@ -126,6 +127,7 @@ def test_targets_are_means_over_draws(full):
         r["value"]
         for r in read_rows(folder, spec.job, "scores", spec.trial_id)
         if (r["rung"], r["task"], r["shots"], r["probe"], r["metric"]) == (2, "condition", 2, "mlp", "f1_macro")
+        and r["frozen_layers"] == "all"
     ]
     assert len(values) == 2
     assert row["target_values"] == [pytest.approx(np.mean(values))]
@@ -274,19 +276,19 @@ def test_fine_tuned_cells_are_kept_and_found(make_spec, tmp_path, monkeypatch):
     changes = {"evaluate.frozen_layers": ["1"], "evaluate.fine_tune": {"steps": 60, "hidden_size": 8}}
     changes |= {"pretrain": None, "pretrain.objective": "none"}
     spec = make_spec("mlm", changes, folder=tmp_path)
-    trained, real = [], cells.fine_tune
+    trained, real = [], Tuning.train
 
-    def die_at_second(above, texts, run, *others, **named):
+    def die_at_second(self, until, steps):
         if len(trained) == 1:
             raise CrashError
-        trained.append(run)
-        return real(above, texts, run, *others, **named)
+        trained.append(self.run)
+        real(self, until, steps)
 
-    monkeypatch.setattr(cells, "fine_tune", die_at_second)
+    monkeypatch.setattr(Tuning, "train", die_at_second)
     with pytest.raises(CrashError):
         run_trial(spec)
     assert count_cells(tmp_path) == 1
-    monkeypatch.setattr(cells, "fine_tune", lambda *o, **n: trained.append(o[2]) or real(*o, **n))
+    monkeypatch.setattr(Tuning, "train", lambda self, *how: trained.append(self.run) or real(self, *how))
     run_trial(spec)
     assert len(trained) == 2  # the first is found, with the seconds that it took
     first = read_rows(tmp_path, spec.job, "scores", spec.trial_id)
@@ -296,6 +298,33 @@ def test_fine_tuned_cells_are_kept_and_found(make_spec, tmp_path, monkeypatch):
     assert len(trained) == 3
     kept = [row for row in read_rows(tmp_path, more.job, "scores", more.trial_id) if row["draw"] < 2]
     assert kept == first
+
+
+def test_a_long_cell_goes_on_from_its_last_part(make_spec, tmp_path, monkeypatch):
+    changes = {"evaluate.frozen_layers": ["1"], "evaluate.fine_tune": {"steps": 64, "hidden_size": 8}}
+    changes |= {"pretrain": None, "pretrain.objective": "none", "evaluate.draws": 1, "evaluate.shots": ["full"]}
+    changes |= {"evaluate.selection": "validation"}  # probabilities at 16, 32, 64 and 128 steps
+    whole = make_spec("mlm", changes, folder=tmp_path / "whole")
+    run_trial(whole)
+    expected = read_values(whole, tmp_path / "whole")
+    monkeypatch.setattr(cells, "PART_STEPS", 50)
+    broken = make_spec("mlm", changes, folder=tmp_path / "broken")
+    begun, real = [], Tuning.train
+
+    def die_in_third(self, until, steps):
+        begun.append(self.step)
+        if self.step == 100 and len(begun) < 4:
+            raise CrashError
+        real(self, until, steps)
+
+    monkeypatch.setattr(Tuning, "train", die_in_third)
+    with pytest.raises(CrashError):
+        run_trial(broken)
+    run_trial(broken)
+    assert begun == [0, 50, 100, 100]
+    assert read_values(broken, tmp_path / "broken") == expected
+    # Its weights on the way are gone.
+    assert not list((tmp_path / "broken" / FOLDER).glob("cell-*/*.safetensors"))
 
 
 @pytest.mark.parametrize("selection", ["cross_validation", "validation"])
