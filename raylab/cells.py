@@ -163,6 +163,7 @@ def keep_cell(
         "encoder": inputs.encoder,
         "tokens": inputs.tokens,
         "depth": depth,
+        "precision": spec.settings.evaluate.precision,
         "train": digest([inputs.rows[run.train].tolist(), run.labels.tolist()]),
         "eval": digest(inputs.rows[run.eval].tolist()),
         "steps": steps[: run.until + 1],

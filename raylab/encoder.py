@@ -48,9 +48,9 @@ def choose_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def precision(device: torch.device) -> AbstractContextManager[Any]:
-    """bf16 on GPU, float32 on CPU."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
+def precision(device: torch.device, half: bool = False) -> AbstractContextManager[Any]:
+    """bf16 on GPU, float32 on CPU unless `half` asks for bf16 there too."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=half or device.type == "cuda")
 
 
 def inspect_encoder(path: str, revision: str | None) -> dict[str, Any]:
@@ -216,6 +216,7 @@ def pass_pieces(
     *,
     batch_tokens: int,
     boundaries: Sequence[str] = (),
+    half: bool = False,
 ) -> Iterator[Passed]:
     """Runs pieces of texts through an encoder without dropout, longest first; `boundaries` are freeze depths."""
     device = next(model.parameters()).device
@@ -242,7 +243,7 @@ def pass_pieces(
             start += len(batch)
             ids, mask = pad_rows([slice_piece(store, pieces, i) for i in batch], vocabulary)
             ids_t, mask_t = torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
-            with precision(device):
+            with precision(device, half):
                 hidden = encode(model, ids_t, mask_t)
             yield Passed(batch, mask, pool(hidden, mask_t).cpu().numpy(), dict(caught))
     finally:
@@ -278,11 +279,15 @@ def embed(
     max_length: int,
     long_documents: str,
     batch_tokens: int = BATCH_TOKENS,
+    half: bool = False,
 ) -> NDArray[np.float32]:
-    """Mean-pooled embeddings of the store's `rows`: [len(rows), D] float32. Windows are averaged by their tokens."""
+    """Mean-pooled embeddings of the store's `rows`: [len(rows), D] float32. Windows are averaged by their tokens.
+
+    `half`: in bf16 on CPU too.
+    """
     pieces = cut_pieces(store.lengths, rows, max_length, long_documents)
     config: Any = model.config
     pooling = Pooling(pieces, len(rows), config.hidden_size)
-    for passed in pass_pieces(model, store, pieces, vocabulary, batch_tokens=batch_tokens):
+    for passed in pass_pieces(model, store, pieces, vocabulary, batch_tokens=batch_tokens, half=half):
         pooling.add(passed)
     return pooling.finish()

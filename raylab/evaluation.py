@@ -171,9 +171,13 @@ def state_rows(
     root, corpus = Path(spec.results) / FOLDER, spec.settings.corpus
     vocabulary = Vocabulary(**read_info(root / spec.tokenizer))
     key = _embedding_key(spec, encoder, tokens, needed)
-    return keep_states(
-        Path(spec.results), key, model, store, needed, vocabulary, corpus, list_boundaries(spec.settings)
-    )
+    depths = list_boundaries(spec.settings)
+    return keep_states(Path(spec.results), key, model, store, needed, vocabulary, corpus, depths, is_half(spec))
+
+
+def is_half(spec: TrialSpec) -> bool:
+    """Whether frozen passes are in bfloat16 on CPU too."""
+    return spec.settings.evaluate.precision == "bfloat16"
 
 
 def _embedding_key(spec: TrialSpec, encoder: str, tokens: str, needed: Ints) -> dict[str, Any]:
@@ -184,6 +188,7 @@ def _embedding_key(spec: TrialSpec, encoder: str, tokens: str, needed: Ints) -> 
         "rows": digest(needed.tolist()),
         "max_length": corpus.max_length,
         "long_documents": corpus.long_documents,
+        "precision": spec.settings.evaluate.precision,
     }
 
 
@@ -213,6 +218,7 @@ def embed_rows(
                 Vocabulary(**read_info(root / spec.tokenizer)),
                 max_length=corpus.max_length,
                 long_documents=corpus.long_documents,
+                half=is_half(spec),
             )
         )
         np.save(folder / "embeddings.npy", x)

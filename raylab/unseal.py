@@ -13,7 +13,7 @@ from raylab.baselines import BASELINES, score_baselines
 from raylab.cells import Inputs, score_draws
 from raylab.corpus import VALIDATION, digest_column, open_rows
 from raylab.encoder import embed
-from raylab.evaluation import embed_rows, list_draws, open_encoder, state_rows
+from raylab.evaluation import embed_rows, is_half, list_draws, open_encoder, state_rows
 from raylab.mistakes import JobError
 from raylab.preparation import Preparation, find_last_rung, make_spec, name_point, prepare
 from raylab.probes import Rows
@@ -113,7 +113,7 @@ def _score_task(
     vocabulary = Vocabulary(**read_info(root / spec.tokenizer))
     eval_x = embed(
         model, sealed_store, everything, vocabulary,
-        max_length=corpus.max_length, long_documents=corpus.long_documents,
+        max_length=corpus.max_length, long_documents=corpus.long_documents, half=is_half(spec),
     )  # fmt: skip
     states: list[Stage] = []
 

@@ -251,6 +251,16 @@ def test_values_beyond_half_precision_are_kept_in_full(encoder_folders, store, v
     np.testing.assert_allclose(found.detach().numpy(), expected, atol=1e-3)
 
 
+def test_bfloat16_on_cpu_is_close_and_the_same_again(encoder_folders, store, vocabulary):
+    model, how = load_still(encoder_folders["roberta"]), {"max_length": 64, "long_documents": "truncate"}
+    full = embed(model, store, np.arange(24), vocabulary, **how)
+    half, again = (embed(model, store, np.arange(24), vocabulary, **how, half=True) for _ in range(2))
+    assert np.array_equal(half, again)
+    assert not np.array_equal(half, full)
+    cosines = (half * full).sum(1) / np.linalg.norm(half, axis=1) / np.linalg.norm(full, axis=1)
+    assert cosines.min() > 0.9999
+
+
 def test_pruned_states_are_made_again(encoder_folders, store, vocabulary, tmp_path):
     model, calls = load_still(encoder_folders["roberta"]), []
 

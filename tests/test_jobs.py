@@ -393,6 +393,7 @@ CHANGES: dict[str, tuple[Any, bool]] = {
     "evaluate.draws": (2, False),
     "evaluate.probes": (["mlp"], False),
     "evaluate.selection": ("cross_validation", True),
+    "evaluate.precision": ("bfloat16", True),
     "evaluate.fine_tune.steps": (7, True),
     "evaluate.fine_tune.batch_size": (8, True),
     "evaluate.fine_tune.learning_rate": (1e-3, True),

@@ -84,6 +84,7 @@ CHANGES = {
     "evaluate.draws": ("mlm", 3, {"measures"}),
     "evaluate.probes": ("mlm", ["mlp"], {"measures"}),
     "evaluate.selection": ("mlm", "cross_validation", {"arm", "measures"}),
+    "evaluate.precision": ("mlm", "bfloat16", {"arm", "measures"}),
     "evaluate.fine_tune.steps": ("mlm", 7, {"arm", "measures"}),
     "evaluate.fine_tune.batch_size": ("mlm", 8, {"arm", "measures"}),
     "evaluate.fine_tune.learning_rate": ("mlm", 2e-4, {"arm", "measures"}),
