@@ -29,6 +29,19 @@ def open_bare(text: str) -> tuple[TrialSpec, list[Path], list[Path]]:
     return spec, [root / rung for rung in rungs], [of[rung] for rung in rungs]
 
 
+def open_bare_states(folder: str, spec: TrialSpec, encoder: str, model: Any, store: Any, rows: Any, depth: str) -> Any:
+    """Hidden states at a freeze depth, kept in the sweep's folder as a user would keep them."""
+    from raylab.activations import keep_states, open_states
+    from raylab.stages import FOLDER, read_info
+    from raylab.tokens import Vocabulary
+
+    vocabulary = Vocabulary(**read_info(Path(spec.results) / FOLDER / spec.tokenizer))
+    key = {"encoder": encoder, "rows": rows.tolist()}
+    corpus = spec.settings.corpus
+    kept = keep_states(Path(folder), key, lambda: model, store, rows, vocabulary, corpus, [depth])
+    return open_states(kept.path, depth)
+
+
 def run_bare_trial(config: dict[str, Any]) -> None:
     """The same work as a user would write it for Ray Tune: load, score, write, report, three times."""
     import numpy as np
@@ -49,7 +62,8 @@ def run_bare_trial(config: dict[str, Any]) -> None:
     for rung, (stage, embeddings) in enumerate(zip(rungs, embedded, strict=True), start=1):
         model = load_encoder(str(stage / "encoder"))[0].to(choose_device()).eval()
         x = np.load(embeddings / "embeddings.npy", mmap_mode="r")
-        found = measure_task(own, task, lambda model=model: model, lambda store, rows, x=x: x)
+        open_states_of = functools.partial(open_bare_states, config["folder"], own, stage.name, model)
+        found = measure_task(own, task, lambda model=model: model, lambda store, rows, x=x: x, open_states_of)
         (folder / f"{rung}.bin").write_bytes(os.urandom(config["num_bytes"] // RUNGS))
         tune.report({"value": next(row["value"] for row in found["scores"] if row["metric"] == "f1_macro")})
 

@@ -40,7 +40,7 @@ MOST_RESUMES = 10  # without a kill, before a job counts as one that can't be fi
 # What promise 1 leaves out.
 UNLIKE = {
     "attempts", "error", "device", "peak_memory_bytes", "wall_seconds", "gpu_seconds", "saved_seconds", "started_at",
-    "updated_at", "reused",
+    "updated_at", "reused", "train_seconds",
 }  # fmt: skip
 KEYS = {
     "trials": ("trial_id",),

@@ -275,13 +275,18 @@ class Pretrain(Model):
 
 
 class FineTune(Model):
-    """Training of the layers above the frozen ones with a head on the pooled embedding; fixed, chosen on no split."""
+    """The `mlp` head on mean-pooled embeddings, at every freeze depth, and the layers above the frozen ones."""
 
-    steps: int = Field(100, ge=1)
-    batch_size: int = Field(16, ge=1)
-    learning_rate: Positive = 1e-4
-    weight_decay: float = Field(0.01, ge=0)
-    hidden_size: int = Field(128, ge=1, description="width of the head's hidden layer")
+    steps: int = Field(100, ge=1, description="optimiser steps; selection tries 1/4, 1/2, 1 and 2 times as many")
+    batch_size: int = Field(16, ge=1, description="texts a step; fewer rows than that are one batch")
+    learning_rate: Positive = Field(1e-4, description="of the layers, constant")
+    head_learning_rate: Positive = Field(1e-3, description="of the head, constant")
+    weight_decay: float = Field(0.01, ge=0, description="of matrices; biases and norms don't decay")
+    hidden_size: int = Field(128, ge=1, description="width of the head's hidden layer (GELU)")
+    dropout: float = Field(0.1, ge=0, lt=1, description="of the head's hidden layer; layers keep the encoder's own")
+    class_weights: Literal["none", "balanced"] = Field(
+        "none", description="balanced: a row counts rows / (classes x rows of its class); for logistic too"
+    )
 
 
 class Geometry(Model):
@@ -324,8 +329,13 @@ class Evaluate(Model):
     frozen_layers: tuple[Depth, ...] = Field(("all",), min_length=1, description="all, none, embeddings, or '1' to 'N'")
     draws: int = Field(5, ge=1, le=1000)
     probes: tuple[Literal["logistic", "mlp"], ...] = Field(("logistic", "mlp"), min_length=1)
-    selection: Literal["fixed", "cross_validation"] = Field(
-        "fixed", description="probe hyper-parameters: fixed, or chosen by cross-validation within the shots"
+    selection: Literal["fixed", "cross_validation", "validation"] = Field(
+        "fixed",
+        description="C of logistic and the steps of mlp: fixed; chosen by cross-validation within the shots; or chosen "
+        "on the validation rows, which few labels would not have: such scores are labelled so",
+    )
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of the frozen passes on CPU: embeddings and hidden states; on GPU always bfloat16"
     )
     fine_tune: FineTune = FineTune()
     geometry: Geometry = Geometry()

@@ -14,6 +14,8 @@ from raylab.tables import list_summaries, read_rows
 
 # What pruning takes of a rung that nothing goes on from, or that is no trial's final encoder.
 WEIGHTS = ("encoder", "optimizer.safetensors")
+# Hidden states at freeze depths: large, and made again where they are needed.
+STATES = ("states-",)
 
 
 def prune_checkpoints(results: Path, job: Job) -> int:
@@ -27,19 +29,23 @@ def prune_checkpoints(results: Path, job: Job) -> int:
     pull(results)
     keep: set[str] = set()
     mine: set[str] = set()
+    states: set[str] = set()
     try:
         for name in list_jobs(results):
             for row in list_summaries(results, name):
                 rungs = _list_rungs(results, name, row["trial_id"])
                 if name == job.name:
                     mine |= rungs.keys()
+                    used = read_rows(results, name, "stages", row["trial_id"])
+                    states |= {stage["stage_id"] for stage in used if stage["kind"] == "activations"}
                 if row["status"] == "complete" and rungs:
                     keep.add(max(rungs, key=lambda stage_id: rungs[stage_id]))
                 elif row["status"] not in ("stopped", "infeasible"):
                     keep |= rungs.keys()
     except DamagedError:
         return 0  # another job's file: what it needs isn't known until that one is resumed
-    return sum(prune_stage(results, stage_id, WEIGHTS) for stage_id in sorted(mine - keep))
+    freed = sum(prune_stage(results, stage_id, STATES) for stage_id in sorted(states))
+    return freed + sum(prune_stage(results, stage_id, WEIGHTS) for stage_id in sorted(mine - keep))
 
 
 def _list_rungs(results: Path, job: str, trial_id: str) -> dict[str, int]:

@@ -46,7 +46,7 @@ def order_space(job: Job) -> list[str]:
             deciders.append("pretrain.objective")
         if name == "pretrain.metadata.temperature":
             deciders.append("pretrain.metadata.loss")
-        if name.startswith(("evaluate.fine_tune.", "evaluate.selection")):
+        if name.startswith("evaluate.fine_tune."):
             deciders.append("evaluate.frozen_layers")
         for decider in deciders:
             add(decider, (*above, name))

@@ -1,7 +1,8 @@
 """Encoders: Hugging Face masked-language models built, loaded, run and saved; mean pooling over real tokens."""
 
+import copy
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,9 +14,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForMaskedLM, RobertaConfig, RobertaForMaskedLM
 from transformers.utils import logging as transformers_logging
 
-from raylab.batches import cut_pieces, pad_rows, slice_piece
+from raylab.batches import Pieces, cut_pieces, pad_rows, slice_piece
 from raylab.blocks import EncoderConfig
-from raylab.mistakes import JobError
+from raylab.mistakes import InfeasibleError, JobError
 from raylab.tokens import TokenStore, Vocabulary
 
 # Shapes: B texts, T tokens, D hidden size, V vocabulary, S selected tokens.
@@ -31,6 +32,9 @@ HEADS = {
     "modernbert": lambda model, hidden: model.decoder(model.head(hidden)),
 }
 
+# Tokens, padding included, that pass through an encoder at once.
+BATCH_TOKENS = 16_384
+
 
 class Layers(NamedTuple):
     """An encoder's embeddings and its layers, bottom first."""
@@ -44,9 +48,9 @@ def choose_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def precision(device: torch.device) -> AbstractContextManager[Any]:
-    """bf16 on GPU, float32 on CPU."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
+def precision(device: torch.device, half: bool = False) -> AbstractContextManager[Any]:
+    """bf16 on GPU, float32 on CPU unless `half` asks for bf16 there too."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=half or device.type == "cuda")
 
 
 def inspect_encoder(path: str, revision: str | None) -> dict[str, Any]:
@@ -124,12 +128,56 @@ def save_encoder(model: nn.Module, tokenizer: Path, folder: Path) -> None:
             shutil.copy(file, folder / file.name)
 
 
+def _find_stack(base: nn.Module) -> tuple[nn.Module, str]:
+    """The module that holds the list of layers, and the list's name."""
+    if isinstance(getattr(base, "layers", None), nn.ModuleList):
+        return base, "layers"
+    inner: nn.Module = next(getattr(base, name) for name in ("encoder", "transformer") if hasattr(base, name))
+    return inner, "layer" if hasattr(inner, "layer") else "layers"
+
+
 def split_layers(model: nn.Module) -> Layers:
     """Finds the embeddings and layers by the names that the supported families use."""
-    base = model.base_model
-    inner = next(getattr(base, name) for name in ("encoder", "transformer", "layers") if hasattr(base, name))
-    layers = inner if isinstance(inner, nn.ModuleList) else getattr(inner, "layer", None) or inner.layers
-    return Layers(base.embeddings, list(layers))  # type: ignore[union-attr, arg-type]
+    base: nn.Module = model.base_model  # type: ignore[assignment]
+    inner, name = _find_stack(base)
+    return Layers(base.embeddings, list(getattr(inner, name)))  # type: ignore[arg-type]
+
+
+def count_frozen(model: nn.Module, depth: str) -> int:
+    """Layers that a freeze depth freezes. Raises InfeasibleError where the encoder has fewer."""
+    layers = len(split_layers(model).layers)
+    if depth.isdigit() and int(depth) > layers:
+        raise InfeasibleError(f"evaluate.frozen_layers: '{depth}' exceeds the encoder's {layers} layers")
+    return int(depth) if depth.isdigit() else layers if depth == "all" else 0
+
+
+class Given(nn.Module):
+    """Stands where an encoder's embeddings stood: hidden states that are given pass as they are."""
+
+    def forward(
+        self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, *others: Any, **named: Any
+    ) -> Tensor:
+        """`inputs_embeds`, [B, T, D]."""
+        assert inputs_embeds is not None
+        return inputs_embeds
+
+
+def copy_above(model: nn.Module, depth: str) -> nn.Module:
+    """A copy of the part above a freeze depth alone: it takes `inputs_embeds`, the hidden states at the boundary.
+
+    none: a copy of the whole encoder, which takes `input_ids`. The masked-language head is left out.
+    """
+    base: nn.Module = model.base_model  # type: ignore[assignment]
+    if depth == "none":
+        return copy.deepcopy(base)
+    parts, frozen = split_layers(model), count_frozen(model, depth)
+    # What is in the memo is taken as copied already.
+    memo: dict[int, Any] = {id(layer): layer for layer in parts.layers[:frozen]}
+    memo[id(parts.embeddings)] = Given()
+    above: nn.Module = copy.deepcopy(base, memo)
+    inner, name = _find_stack(above)
+    setattr(inner, name, nn.ModuleList(list(getattr(inner, name))[frozen:]))
+    return above
 
 
 def encode(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -150,7 +198,78 @@ def pool(hidden: Tensor, attention_mask: Tensor) -> Tensor:
     return (hidden.float() * weights).sum(1) / weights.sum(1)
 
 
+class Passed(NamedTuple):
+    """A batch of pieces through an encoder: places, mask [B, T], pooled [B, D], states at boundaries [B, T, D]."""
+
+    batch: NDArray[np.int64]
+    mask: NDArray[np.int64]
+    pooled: NDArray[np.float32]
+    states: dict[str, Tensor]
+
+
 @torch.inference_mode()
+def pass_pieces(
+    model: nn.Module,
+    store: TokenStore,
+    pieces: Pieces,
+    vocabulary: Vocabulary,
+    *,
+    batch_tokens: int,
+    boundaries: Sequence[str] = (),
+    half: bool = False,
+) -> Iterator[Passed]:
+    """Runs pieces of texts through an encoder without dropout, longest first; `boundaries` are freeze depths."""
+    device = next(model.parameters()).device
+    parts, caught = split_layers(model), {}
+
+    def catch(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            caught[name] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    hooks = []
+    for name in boundaries:
+        frozen = count_frozen(model, name)
+        hooks.append((parts.layers[frozen - 1] if frozen else parts.embeddings).register_forward_hook(catch(name)))
+    was_training = model.training
+    model.eval()
+    try:
+        # Texts of like length go together: little padding, and a stable order keeps the numbers the same.
+        order = np.argsort(-pieces.length, kind="stable")
+        start = 0
+        while start < len(order):
+            batch = order[start : start + max(1, batch_tokens // int(pieces.length[order[start]] + 2))]
+            start += len(batch)
+            ids, mask = pad_rows([slice_piece(store, pieces, i) for i in batch], vocabulary)
+            ids_t, mask_t = torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
+            with precision(device, half):
+                hidden = encode(model, ids_t, mask_t)
+            yield Passed(batch, mask, pool(hidden, mask_t).cpu().numpy(), dict(caught))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.train(was_training)
+
+
+class Pooling:
+    """Embeddings of texts from their pieces: means over all tokens of all windows."""
+
+    def __init__(self, pieces: Pieces, num: int, width: int) -> None:
+        self.owner = pieces.owner
+        self.sums, self.tokens = np.zeros((num, width), dtype=np.float32), np.zeros(num, dtype=np.float32)
+
+    def add(self, passed: Passed) -> None:
+        """Takes a batch in."""
+        weight = passed.mask.sum(1).astype(np.float32)
+        np.add.at(self.sums, self.owner[passed.batch], passed.pooled * weight[:, None])
+        np.add.at(self.tokens, self.owner[passed.batch], weight)
+
+    def finish(self) -> NDArray[np.float32]:
+        """The embeddings [num, D]."""
+        return self.sums / self.tokens[:, None]
+
+
 def embed(
     model: nn.Module,
     store: TokenStore,
@@ -159,29 +278,16 @@ def embed(
     *,
     max_length: int,
     long_documents: str,
-    batch_tokens: int = 16_384,
+    batch_tokens: int = BATCH_TOKENS,
+    half: bool = False,
 ) -> NDArray[np.float32]:
-    """Mean-pooled embeddings of the store's `rows`: [len(rows), D] float32. Windows are averaged by their tokens."""
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
+    """Mean-pooled embeddings of the store's `rows`: [len(rows), D] float32. Windows are averaged by their tokens.
+
+    `half`: in bf16 on CPU too.
+    """
     pieces = cut_pieces(store.lengths, rows, max_length, long_documents)
     config: Any = model.config
-    sums = np.zeros((len(rows), config.hidden_size), dtype=np.float32)
-    tokens = np.zeros(len(rows), dtype=np.float32)
-    # Texts of like length go together: little padding, and a stable order keeps the numbers the same.
-    order = np.argsort(-pieces.length, kind="stable")
-    start = 0
-    while start < len(order):
-        batch = order[start : start + max(1, batch_tokens // int(pieces.length[order[start]] + 2))]
-        start += len(batch)
-        ids, mask = pad_rows([slice_piece(store, pieces, i) for i in batch], vocabulary)
-        ids_t, mask_t = torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
-        with precision(device):
-            hidden = encode(model, ids_t, mask_t)
-        weight = mask.sum(1).astype(np.float32)
-        np.add.at(sums, pieces.owner[batch], pool(hidden, mask_t).cpu().numpy() * weight[:, None])
-        np.add.at(tokens, pieces.owner[batch], weight)
-    model.train(was_training)
-    sums /= tokens[:, None]
-    return sums
+    pooling = Pooling(pieces, len(rows), config.hidden_size)
+    for passed in pass_pieces(model, store, pieces, vocabulary, batch_tokens=batch_tokens, half=half):
+        pooling.add(passed)
+    return pooling.finish()

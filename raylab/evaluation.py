@@ -9,30 +9,23 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from raylab.activations import KEPT_BYTES, Texts, keep_states, open_states, open_texts, prune_states
 from raylab.blocks import Evaluate
+from raylab.cells import Draw, Inputs, score_draws
 from raylab.corpus import TRAIN, VALIDATION, open_rows
 from raylab.draws import draw_shots
 from raylab.encoder import choose_device, embed, load_encoder
-from raylab.finetune import fine_tune
 from raylab.geometry import Options, measure_geometry
 from raylab.heldout import pair_spans
 from raylab.identity import digest
 from raylab.noise import derive_seed
-from raylab.probes import PROBES
-from raylab.scores import list_confusions, list_scores
+from raylab.probes import Rows
+from raylab.settings import list_boundaries
 from raylab.specs import TrialSpec
 from raylab.stages import FOLDER, Stage, build_stage, read_info
 from raylab.tokens import TokenStore, Vocabulary, open_tokens
 
 Ints = NDArray[np.int64]
-
-
-class Draw(NamedTuple):
-    """One choice of training rows: `shots` a class (None: all), the `draw`-th, as rows of the task's table."""
-
-    shots: int | None
-    draw: int
-    rows: Ints
 
 
 class Evaluation(NamedTuple):
@@ -84,12 +77,12 @@ def evaluate_encoder(spec: TrialSpec, stage_id: str, rung: int, open_encoder: Ca
     return result
 
 
-def _evaluate_task(spec: TrialSpec, encoder: str, task: str, model: Callable[[], nn.Module]) -> tuple[Stage, Stage]:
-    """The embeddings and the evaluation of an encoder's stage on a task, kept by content."""
+def _evaluate_task(spec: TrialSpec, encoder: str, task: str, model: Callable[[], nn.Module]) -> list[Stage]:
+    """The embeddings, hidden states and, last, evaluation of an encoder's stage on a task, kept by content."""
     evaluate, root = spec.settings.evaluate, Path(spec.results) / FOLDER
     measures = evaluate.model_dump(mode="json", exclude={"tasks", "retrieval"})
-    if all(depth == "all" for depth in evaluate.frozen_layers):
-        del measures["fine_tune"]
+    if all(depth == "all" for depth in evaluate.frozen_layers) and "mlp" not in evaluate.probes:
+        measures["fine_tune"] = {"class_weights": evaluate.fine_tune.class_weights}
     key = {
         "encoder": encoder,
         "task": task,
@@ -101,23 +94,38 @@ def _evaluate_task(spec: TrialSpec, encoder: str, task: str, model: Callable[[],
         "span": evaluate.retrieval.span if evaluate.geometry.spans else None,
         "seed": spec.seed,
     }
+    used: dict[str, Stage] = {}
+    states: dict[str, Texts] = {}
 
-    built: list[Stage] = []
+    def open_states_of(store: TokenStore, needed: Ints, depth: str) -> Texts:
+        if depth == "none":
+            return open_texts(store, needed, Vocabulary(**read_info(root / spec.tokenizer)), spec.settings.corpus)
+        if "activations" not in used:
+            used["activations"] = state_rows(spec, model, encoder, spec.tokens[task], store, needed)
+            # All at once: what is mapped stays, also where another job's end prunes the files.
+            depths = set(list_boundaries(spec.settings)) & set(evaluate.frozen_layers)
+            states.update({depth: open_states(used["activations"].path, depth) for depth in depths})
+        return states[depth]
 
     def open_embeddings(store: TokenStore, needed: Ints) -> NDArray[np.float32]:
-        built.append(embed_rows(spec, model, encoder, task, store, needed))
-        x: NDArray[np.float32] = np.load(built[0].path / "embeddings.npy", mmap_mode="r")
+        for depth in set(list_boundaries(spec.settings)) & set(evaluate.frozen_layers):
+            open_states_of(store, needed, depth)  # their pass gives the embeddings too
+        used["embed"] = embed_rows(spec, model, encoder, task, store, needed, used.get("activations"))
+        x: NDArray[np.float32] = np.load(used["embed"].path / "embeddings.npy", mmap_mode="r")
         return x
 
     def build(folder: Path) -> dict[str, Any]:
-        found = measure_task(spec, task, model, open_embeddings)
+        found = measure_task(spec, task, model, open_embeddings, open_states_of, encoder=encoder)
         (folder / "rows.json").write_text(json.dumps(found, allow_nan=False))
-        return {"embedded": built[0].stage_id}
+        return {"used": {kind: stage.stage_id for kind, stage in used.items()}}
 
     done = build_stage(Path(spec.results), "evaluate", key, build)
-    # Found, its embeddings were used none the less.
-    embedded = done.info["embedded"]
-    return built[0] if built else Stage("embed", embedded, root / embedded, True, 0.0, {}), done
+    if "activations" in used and used["activations"].info["bytes"] > KEPT_BYTES:
+        prune_states(Path(spec.results), used["activations"].stage_id)
+    # Found, what it was made of was used none the less.
+    for kind, stage_id in done.info["used"].items():
+        used.setdefault(kind, Stage(kind, stage_id, root / stage_id, True, 0.0, {}))
+    return [*used.values(), done]
 
 
 def measure_task(
@@ -125,10 +133,15 @@ def measure_task(
     task: str,
     model: Callable[[], nn.Module],
     open_embeddings: Callable[[TokenStore, Ints], NDArray[np.float32]],
+    open_states_of: Callable[[TokenStore, Ints, str], Texts],
+    *,
+    encoder: str | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Scores, confusions and geometry of an encoder on a task's validation rows, as plain rows; nothing is kept.
+    """Scores, confusions and geometry of an encoder on a task's validation rows, as plain rows.
 
-    `open_embeddings(store, rows)` gives the embeddings [len(rows), D] of some rows of the task.
+    `open_embeddings(store, rows)` gives the embeddings [len(rows), D] of some rows of the task, `open_states_of(store,
+    rows, depth)` what enters the layers above a freeze depth. Fine-tuned cells are kept under the id of the `encoder`'s
+    stage; without one nothing is kept.
     """
     evaluate, root = spec.settings.evaluate, Path(spec.results) / FOLDER
     rows = open_rows(root / spec.corpus, task)
@@ -137,14 +150,9 @@ def measure_task(
     draws = list(list_draws(rows, task, evaluate, spec.seed))
     needed = np.unique(np.concatenate([validation, *(draw.rows for draw in draws)]))
     x = open_embeddings(store, needed)
-    scores, confusions = score_draws(
-        spec, model, task, draws, rows["label"], rows["group"], store,
-        train_x=lambda chosen: x[np.searchsorted(needed, chosen)],
-        eval_x=x[np.searchsorted(needed, validation)],
-        eval_y=rows["label"][validation],
-        eval_store=store,
-        eval_rows=validation,
-    )  # fmt: skip
+    inputs = Inputs(needed, x, lambda depth: open_states_of(store, needed, depth), spec.tokens[task], encoder)
+    judges = Rows(inputs.find(validation), rows["label"][validation])
+    scores, confusions = score_draws(spec, model, task, draws, rows["label"], rows["group"], inputs, judges, judges)
     measured = measure_geometry(
         np.asarray(x[np.searchsorted(needed, validation)]),
         rows["label"][validation],
@@ -181,88 +189,71 @@ def embed_spans(
     sides = [
         embed(
             model(), side, np.arange(len(side.lengths)), vocabulary,
-            max_length=spec.settings.corpus.max_length, long_documents="truncate",
+            max_length=spec.settings.corpus.max_length, long_documents="truncate", half=is_half(spec),
         )
         for side in pair_spans(store, rows, evaluate.geometry.spans, evaluate.retrieval)
     ]  # fmt: skip
     return sides[0], sides[1]
 
 
-def embed_rows(
-    spec: TrialSpec, model: Callable[[], nn.Module], encoder: str, task: str, store: TokenStore, needed: Ints
+def state_rows(
+    spec: TrialSpec, model: Callable[[], nn.Module], encoder: str, tokens: str, store: TokenStore, needed: Ints
 ) -> Stage:
-    """Embeddings of some rows of a task's tokens, kept by content: embeddings.npy, float32 [len(needed), D].
+    """Hidden states of some rows of a table of tokens (by its stage's id) at the job's boundaries, kept by content."""
+    root, corpus = Path(spec.results) / FOLDER, spec.settings.corpus
+    vocabulary = Vocabulary(**read_info(root / spec.tokenizer))
+    key = _embedding_key(spec, encoder, tokens, needed)
+    depths = list_boundaries(spec.settings)
+    return keep_states(Path(spec.results), key, model, store, needed, vocabulary, corpus, depths, is_half(spec))
 
-    `encoder` is the id of the stage that holds it, `model` opens it.
-    """
-    corpus, root = spec.settings.corpus, Path(spec.results) / FOLDER
-    key = {
+
+def is_half(spec: TrialSpec) -> bool:
+    """Whether frozen passes are in bfloat16 on CPU too."""
+    return spec.settings.evaluate.precision == "bfloat16"
+
+
+def _embedding_key(spec: TrialSpec, encoder: str, tokens: str, needed: Ints) -> dict[str, Any]:
+    corpus = spec.settings.corpus
+    return {
         "encoder": encoder,
-        "tokens": spec.tokens[task],
+        "tokens": tokens,
         "rows": digest(needed.tolist()),
         "max_length": corpus.max_length,
         "long_documents": corpus.long_documents,
+        "precision": spec.settings.evaluate.precision,
     }
 
+
+def embed_rows(
+    spec: TrialSpec,
+    model: Callable[[], nn.Module],
+    encoder: str,
+    task: str,
+    store: TokenStore,
+    needed: Ints,
+    states: Stage | None = None,
+) -> Stage:
+    """Embeddings of some rows of a task's tokens, kept by content: embeddings.npy, float32 [len(needed), D].
+
+    `encoder` is the id of the stage that holds it, `model` opens it. The pass that made `states` made them already.
+    """
+    corpus, root = spec.settings.corpus, Path(spec.results) / FOLDER
+
     def build(folder: Path) -> dict[str, Any]:
-        x = embed(
-            model(),
-            store,
-            needed,
-            Vocabulary(**read_info(root / spec.tokenizer)),
-            max_length=corpus.max_length,
-            long_documents=corpus.long_documents,
+        x = (
+            np.load(states.path / "embeddings.npy")
+            if states is not None
+            else embed(
+                model(),
+                store,
+                needed,
+                Vocabulary(**read_info(root / spec.tokenizer)),
+                max_length=corpus.max_length,
+                long_documents=corpus.long_documents,
+                half=is_half(spec),
+            )
         )
         np.save(folder / "embeddings.npy", x)
         return {"rows": len(x)}
 
-    return build_stage(Path(spec.results), "embed", key, build)
-
-
-def score_draws(
-    spec: TrialSpec,
-    model: Callable[[], nn.Module],
-    task: str,
-    draws: list[Draw],
-    labels: NDArray[Any],
-    groups: Ints,
-    store: TokenStore,
-    *,
-    train_x: Any,
-    eval_x: NDArray[np.float32],
-    eval_y: NDArray[Any],
-    eval_store: TokenStore,
-    eval_rows: Ints,
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows of scores and of confusions for every shots, draw, freeze depth and probe.
-
-    `train_x(rows)` gives embeddings [n, D].
-    """
-    evaluate, root = spec.settings.evaluate, Path(spec.results) / FOLDER
-    classes = read_info(root / spec.corpus)["classes"][task]
-    num_classes = len(classes)
-    scores: list[dict[str, Any]] = []
-    confusions: list[dict[str, Any]] = []
-    vocabulary = Vocabulary(**read_info(root / spec.tokenizer))
-    for draw in draws:
-        train_y = labels[draw.rows]
-        for depth in evaluate.frozen_layers:
-            for probe in evaluate.probes if depth == "all" else ("head",):
-                seed = derive_seed(spec.seed, "probe", task, probe, depth, str(draw.shots), draw.draw)
-                if probe == "head":
-                    probabilities = fine_tune(
-                        model(), store, draw.rows, train_y, eval_rows, vocabulary,
-                        depth=depth, num_classes=num_classes, corpus=spec.settings.corpus,
-                        settings=evaluate.fine_tune, seed=seed, eval_store=eval_store,
-                    )  # fmt: skip
-                else:
-                    probabilities = PROBES[probe](
-                        train_x(draw.rows), train_y, eval_x,
-                        num_classes=num_classes, seed=seed % 2**32, selection=evaluate.selection,
-                        groups=groups[draw.rows],
-                    )  # fmt: skip
-                cell = {"shots": draw.shots, "frozen_layers": depth, "probe": probe, "draw": draw.draw}
-                sizes = {"num_train": len(draw.rows), "num_eval": len(eval_y)}
-                scores += [cell | row | sizes for row in list_scores(eval_y, probabilities, classes)]
-                confusions += [cell | row for row in list_confusions(eval_y, probabilities, classes)]
-    return scores, confusions
+    return build_stage(Path(spec.results), "embed", _embedding_key(spec, encoder, spec.tokens[task], needed), build)

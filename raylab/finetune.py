@@ -1,99 +1,186 @@
 """Fine-tuning of the layers above a frozen boundary, with a head on the mean-pooled embedding."""
 
 import copy
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
-from raylab.batches import Ints, cut_pieces, pad_rows, slice_piece
-from raylab.blocks import Corpus, FineTune
-from raylab.encoder import encode, pool, precision, split_layers
-from raylab.mistakes import InfeasibleError
-from raylab.tokens import TokenStore, Vocabulary
+from raylab.activations import Texts
+from raylab.batches import Ints
+from raylab.blocks import FineTune
+from raylab.encoder import choose_device, precision
+from raylab.heads import (
+    MAX_GRAD_NORM,
+    Floats,
+    Heads,
+    Order,
+    Run,
+    Trained,
+    classify_loss,
+    split_decay,
+    to_probabilities,
+    weigh_rows,
+)
+from raylab.noise import derive_seed
 
-BATCH = 64
+EVAL_TOKENS = 16_384
+STATE = "state.safetensors"
+OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")
+# On CPU a training batch passes in so many parts of like length: padding costs more there than small products do.
+CPU_PARTS = 4
 
 
-def freeze(encoder: nn.Module, depth: str) -> list[nn.Module]:
-    """Freezes an encoder up to `depth` and returns the frozen modules.
+def find_device(above: nn.Module) -> torch.device:
+    """Where a part of an encoder is; it may have no parameters."""
+    return next((p.device for p in above.parameters()), choose_device())
 
-    none: nothing; embeddings: the embeddings; "1" to "N": those and so many layers from below; all: everything.
-    Raises InfeasibleError where the encoder has fewer layers.
+
+def embed_texts(above: nn.Module, texts: Texts, rows: Ints, *, pad_id: int, parts: int = 1) -> Tensor:
+    """Mean-pooled embeddings [len(rows), D] of texts by place; windows are pooled over all their tokens."""
+    device = find_device(above)
+    counts = texts.first[rows + 1] - texts.first[rows]
+    owner = np.repeat(np.arange(len(rows)), counts)
+    pieces = np.concatenate([np.arange(texts.first[row], texts.first[row + 1]) for row in rows])
+    order = np.argsort(texts.length[pieces], kind="stable")
+    sums, places = [], []
+    for part in np.array_split(order, min(parts, len(order))):
+        ids, mask = pad_pieces(texts, pieces[part], pad_id)
+        mask_t, inputs = torch.from_numpy(mask).to(device), torch.from_numpy(ids).to(device)
+        name = "input_ids" if inputs.ndim == 2 else "inputs_embeds"
+        with precision(device):
+            hidden = above(attention_mask=mask_t, **{name: inputs}).last_hidden_state
+        sums.append((hidden.float() * mask_t.unsqueeze(-1)).sum(1))
+        places.append(owner[part])
+    summed, place = torch.cat(sums), torch.from_numpy(np.concatenate(places)).to(device)
+    total = torch.zeros(len(rows), summed.shape[1], device=device).index_add(0, place, summed)
+    tokens = np.bincount(owner, weights=texts.length[pieces], minlength=len(rows)).astype(np.float32)
+    return total / torch.from_numpy(tokens).to(device)[:, None]
+
+
+def pad_pieces(texts: Texts, pieces: Ints, pad_id: int) -> tuple[NDArray[Any], Ints]:
+    """Inputs [B, T] int64 (or [B, T, D] float32) padded on the right, and their mask int64 [B, T]."""
+    lengths = texts.length[pieces]
+    rows = [texts.slice(int(piece)) for piece in pieces]
+    if rows[0].ndim == 1:
+        inputs: NDArray[Any] = np.full((len(rows), int(lengths.max())), pad_id, np.int64)
+    else:
+        inputs = np.zeros((len(rows), int(lengths.max()), rows[0].shape[1]), np.float32)
+    for index, row in enumerate(rows):
+        inputs[index, : len(row)] = row
+    return inputs, (np.arange(inputs.shape[1]) < lengths[:, None]).astype(np.int64)
+
+
+class Tuning:
+    """A fine-tuning in memory: a copy of the layers above a boundary, a head on them, their optimiser, and how far.
+
+    Every batch, initial weight and dropout is a function of the run's seed and the step, so that no random state is
+    part of it.
     """
-    parts = split_layers(encoder)
-    if depth.isdigit() and int(depth) > len(parts.layers):
-        raise InfeasibleError(f"evaluate.frozen_layers: '{depth}' exceeds the encoder's {len(parts.layers)} layers")
-    frozen: list[nn.Module] = []
-    if depth == "all":
-        frozen = [encoder]
-    elif depth != "none":
-        frozen = [parts.embeddings, *parts.layers[: int(depth) if depth.isdigit() else 0]]
-    for module in frozen:
-        module.requires_grad_(False)
-    return frozen
+
+    def __init__(self, above: nn.Module, texts: Texts, run: Run, outputs: int, settings: FineTune, pad_id: int) -> None:
+        self.texts, self.run, self.settings, self.pad_id = texts, run, settings, pad_id
+        self.model = copy.deepcopy(above).train()
+        self.device = find_device(self.model)
+        config: Any = self.model.config
+        self.head = Heads([run.seed], config.hidden_size, outputs, settings).to(self.device)
+        groups = split_decay(list(self.model.named_parameters()), settings.learning_rate, settings.weight_decay)
+        groups += split_decay(list(self.head.named_parameters()), settings.head_learning_rate, settings.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups)
+        self.step, self.seconds = 0, 0.0
+        self.found: list[Floats] = []
+
+    def named(self) -> dict[str, nn.Parameter]:
+        """All that is trained, by name."""
+        parts = (("model", self.model), ("head", self.head))
+        return {f"{part}.{name}": p for part, module in parts for name, p in module.named_parameters()}
+
+    def train(self, until: int, steps: Sequence[int]) -> None:
+        """Goes on to step `until`; the probabilities of the run's rows at each of `steps` on the way are `found`."""
+        started = time.perf_counter()
+        run, settings, multi = self.run, self.settings, self.run.labels.ndim == 2
+        trained = list(self.named().values())
+        order = Order(run.seed, len(run.train), settings.batch_size)
+        weights = weigh_rows(run.labels, settings.class_weights)
+        labels = run.labels.astype(np.int64)
+        parts = CPU_PARTS if self.device.type == "cpu" else 1
+        for step in range(self.step, until):
+            torch.manual_seed(derive_seed(run.seed, "dropout", step))
+            batch = order.batch(step)
+            x = embed_texts(self.model, self.texts, run.train[batch], pad_id=self.pad_id, parts=parts)
+            loss = classify_loss(
+                self.head(x[None], step),
+                torch.from_numpy(labels[batch]).to(self.device)[None],
+                torch.from_numpy(weights[batch]).to(self.device)[None],
+            )[0]
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
+            self.optimizer.step()
+            if step + 1 in steps:
+                logits = _predict(self.model, self.head, self.texts, run.eval, self.pad_id)
+                self.found.append(to_probabilities(logits, multi=multi))
+                self.model.train()
+        self.step = until
+        self.seconds += time.perf_counter() - started
+
+    def finish(self) -> Trained:
+        """What came of it; parameters that no gradient reached were not updated."""
+        sizes = [p.numel() for p in self.named().values() if p in self.optimizer.state]
+        return Trained(self.found, sum(sizes), self.seconds)
+
+    def save(self, folder: Path) -> None:
+        """Writes weights and optimiser to state.safetensors, the rest to progress.npz; no pickle."""
+        tensors = {}
+        for name, p in self.named().items():
+            tensors[name] = p.detach()
+            tensors |= {f"{name}|{key}": value for key, value in self.optimizer.state.get(p, {}).items()}
+        save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, folder / STATE)
+        found = np.stack(self.found) if self.found else np.zeros(0)
+        np.savez(folder / "progress.npz", found=found, step=self.step, seconds=self.seconds)
+
+    def load(self, folder: Path) -> None:
+        """Goes to where `save` was called."""
+        tensors = load_file(folder / STATE)
+        with torch.no_grad():
+            for name, p in self.named().items():
+                p.copy_(tensors[name])
+                state = {key: tensors[f"{name}|{key}"] for key in OPTIMIZER_STATE if f"{name}|{key}" in tensors}
+                if state:
+                    self.optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in state.items()}
+        progress = np.load(folder / "progress.npz")
+        self.found, self.step, self.seconds = list(progress["found"]), int(progress["step"]), float(progress["seconds"])
 
 
 def fine_tune(
-    encoder: nn.Module,
-    store: TokenStore,
-    train_rows: Ints,
-    train_y: Ints,
-    eval_rows: Ints,
-    vocabulary: Vocabulary,
-    *,
-    depth: str,
-    num_classes: int,
-    corpus: Corpus,
-    settings: FineTune,
-    seed: int,
-    eval_store: TokenStore,
-) -> NDArray[np.float64]:
-    """Probabilities [len(eval_rows), num_classes] of rows of `eval_store`, after `settings.steps` training steps.
+    above: nn.Module, texts: Texts, run: Run, steps: Sequence[int], outputs: int, settings: FineTune, *, pad_id: int
+) -> Trained:
+    """Trains a copy of the layers above a boundary with a head, to each of `steps` (rising) up to the run's `until`."""
+    tuning = Tuning(above, texts, run, outputs, settings, pad_id)
+    tuning.train(steps[run.until], steps)
+    return tuning.finish()
 
-    The number of steps is fixed: no split is looked at. Texts are cut to max_length. Frozen parts run without dropout,
-    so that their output is one value a text. The given encoder is left as it is.
-    """
-    device = next(encoder.parameters()).device
-    model = copy.deepcopy(encoder)
-    torch.manual_seed(seed)
-    width = model.config.hidden_size  # type: ignore[union-attr]
-    head = nn.Sequential(
-        nn.Linear(width, settings.hidden_size),  # type: ignore[arg-type]
-        nn.GELU(),
-        nn.Linear(settings.hidden_size, num_classes),
-    ).to(device)
-    frozen = freeze(model, depth)
-    trained = [p for p in [*model.parameters(), *head.parameters()] if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    rng = np.random.default_rng(seed)
-    order: list[int] = []
 
-    def pooled(rows: Ints, texts: TokenStore = store) -> torch.Tensor:
-        pieces = cut_pieces(texts.lengths, rows, corpus.max_length, "truncate")
-        ids, mask = pad_rows([slice_piece(texts, pieces, i) for i in range(len(rows))], vocabulary)
-        mask_t = torch.from_numpy(mask).to(device)
-        with precision(device):
-            return pool(encode(model, torch.from_numpy(ids).to(device), mask_t), mask_t)
-
-    model.train()
-    for module in frozen:
-        module.eval()
-    for _ in range(settings.steps):
-        while len(order) < min(settings.batch_size, len(train_rows)):
-            order += rng.permutation(len(train_rows)).tolist()
-        batch, order = np.array(order[: settings.batch_size]), order[settings.batch_size :]
-        loss = F.cross_entropy(head(pooled(train_rows[batch])), torch.from_numpy(train_y[batch]).to(device))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
+@torch.inference_mode()
+def _predict(model: nn.Module, head: Heads, texts: Texts, rows: Ints, pad_id: int) -> Tensor:
+    """Logits [len(rows), C], in batches of like length."""
     model.eval()
-    with torch.inference_mode():
-        parts = [
-            head(pooled(eval_rows[start : start + BATCH], eval_store)).double().softmax(1).cpu()
-            for start in range(0, len(eval_rows), BATCH)
-        ]
-    return torch.cat(parts).numpy()
+    longest = np.maximum.reduceat(texts.length, texts.first[:-1])[rows]
+    counts = (texts.first[1:] - texts.first[:-1])[rows]
+    order = np.argsort(-longest, kind="stable")
+    found, start = [], 0
+    while start < len(order):
+        size = np.cumsum(counts[order[start:]]) * longest[order[start]]
+        batch = order[start : start + max(1, int(np.searchsorted(size, EVAL_TOKENS, side="right")))]
+        start += len(batch)
+        found.append(head(embed_texts(model, texts, rows[batch], pad_id=pad_id)[None])[0])
+    logits = torch.cat(found)
+    back = torch.empty_like(logits)
+    back[torch.from_numpy(order).to(logits.device)] = logits
+    return back

@@ -42,7 +42,7 @@ def name_arm(
             name in ("corpus.max_length", "corpus.long_documents")
             or (block == "pretrain" and rest != "rungs")
             or (block == "encoder" and rest not in ("pretrained", "revision", "trial"))
-            or (block == "evaluate" and (rest.startswith(("fine_tune.", "selection")) or name in searched))
+            or (block == "evaluate" and (rest.startswith(("fine_tune.", "selection", "precision")) or name in searched))
         ):
             counted[name] = value
     return digest({name: value for name, value in counted.items() if value is not None}, length=12)

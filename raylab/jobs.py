@@ -328,6 +328,8 @@ def _check_references(job: Job) -> list[str]:
         for name, value in (("shots", target.shots), ("frozen_layers", target.frozen_layers), ("probes", target.probe)):
             searched = f"evaluate.{name}" in job.search.space
             # A searched depth is scored at whatever depth the arm has: the target follows it.
+            if name == "probes" and value == "mlp" and target.frozen_layers != "all":
+                continue  # the only one there, whatever the probes of depth all are
             if value is not None and not searched and value not in possible[name]:
                 valid = [str(v) for v in possible[name]]
                 key = "probe" if name == "probes" else name

@@ -122,6 +122,12 @@ def print_log(find: Callable[[], Path], every: float | None) -> None:
         time.sleep(every)
 
 
+def _is_chosen(job: Any, table: str) -> bool:
+    from raylab.settings import possible_values
+
+    return table == "scores" and "validation" in possible_values(job, "evaluate.selection")
+
+
 def print_ranking(job: Any, results: Path, split: str = "validation") -> None:
     """Arms by cell on stdout: value, difference to the base arm, held-out measures."""
     from raylab.preparation import name_point, prepare
@@ -146,7 +152,8 @@ def print_ranking(job: Any, results: Path, split: str = "validation") -> None:
             continue
         named = ", ".join(f"{k}={v}" for k, v in cell.items() if v is not None)
         seeds = max(row.value.num_seeds for row in ranked)
-        grid = Grid(title=f"{job.name}, {split}: {named}; mean over draws and {seeds} seed(s), 95 % t interval")
+        note = ", C and steps chosen on the validation rows" if _is_chosen(job, table) else ""
+        grid = Grid(title=f"{job.name}, {split}: {named}; mean over draws and {seeds} seed(s), 95 % t interval{note}")
         for column in ("arm", "settings", "value", "difference to base"):
             grid.add_column(column, overflow="fold")
         for row in ranked:

@@ -10,9 +10,10 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table as Grid
 
-from raylab.batches import describe_spans
-from raylab.corpus import DOCUMENTS, TRAIN, metadata_fields
+from raylab.batches import cut_pieces, describe_spans
+from raylab.corpus import DOCUMENTS, TRAIN, VALIDATION, metadata_fields, open_rows
 from raylab.designs import count_trials, list_levels, list_points
+from raylab.draws import draw_shots
 from raylab.explanations import explain
 from raylab.hygiene import check_corpus, print_hygiene
 from raylab.identity import digest
@@ -20,13 +21,14 @@ from raylab.labels import to_array
 from raylab.mistakes import JobError
 from raylab.preparation import Preparation, make_spec, name_point, prepare
 from raylab.rungs import list_rungs
-from raylab.settings import OBJECTIVE_BLOCKS, list_settings, possible_values, with_settings
+from raylab.settings import OBJECTIVE_BLOCKS, list_boundaries, list_settings, possible_values, with_settings
 from raylab.specs import ADAPTIVE, Choices, Job, TrialSpec
-from raylab.stages import open_stage, peek_stage, read_info
+from raylab.stages import FOLDER, open_stage, peek_stage, read_info
 from raylab.tables import list_trials
 from raylab.tokens import open_tokens
 
 BYTES_A_WEIGHT = 4
+BYTES_A_STATE = 2
 
 
 def plan_job(job: Job, results: Path) -> dict[str, Any]:
@@ -38,6 +40,7 @@ def plan_job(job: Job, results: Path) -> dict[str, Any]:
     base = make_spec(preparation, {}, job.search.seeds[0], "fixed")
     found: dict[str, Any] = {"job": job.name, "design": job.search.design}
     found |= _plan_arms(preparation)
+    found |= _plan_states(preparation, base)
     found["corpus"] = _describe_tables(preparation, base)
     found["spans"] = _describe_spans(preparation, base)
     found["hygiene"] = check_corpus(preparation, base)
@@ -140,6 +143,36 @@ def _measured_rate(results: Path, name: str) -> float | None:
         if row["status"] == "complete" and row["num_tokens"] and row["attempts"] == 1 and row["wall_seconds"]:
             rates.append(row["num_tokens"] / row["wall_seconds"])
     return float(np.median(rates)) if rates else None
+
+
+def _plan_states(preparation: Preparation, base: TrialSpec) -> dict[str, Any]:
+    """Bytes of the hidden states that one evaluated encoder keeps, half precision, for all tasks and freeze depths."""
+    job, seed, total = preparation.job, base.seed, 0
+    boundaries = list_boundaries(job)
+    for task in job.evaluate.tasks or job.corpus.tasks if boundaries else ():
+        table = open_rows(preparation.results / FOLDER / base.corpus, task)
+        part, labels, groups = (table[name] for name in ("part", "label", "group"))
+        train = np.flatnonzero(part == TRAIN)
+        rows = [np.flatnonzero(part == VALIDATION)]
+        for shots in job.evaluate.shots:
+            number = None if shots == "full" else shots
+            for draw in range(job.evaluate.draws if number else 1):
+                rows.append(train[draw_shots(labels[train], groups[train], number, seed=seed, task=task, draw=draw)])
+        folder = open_stage(preparation.results, base.tokens[task])
+        assert folder is not None
+        needed = np.unique(np.concatenate(rows))
+        pieces = cut_pieces(open_tokens(folder).lengths, needed, job.corpus.max_length, job.corpus.long_documents)
+        total += int((pieces.length + 2).sum()) * _hidden_size(job, base) * BYTES_A_STATE * len(boundaries)
+    return {"state_bytes": total}
+
+
+def _hidden_size(job: Job, base: TrialSpec) -> int:
+    if job.encoder.config is not None:
+        return job.encoder.config.hidden_size
+    from transformers import AutoConfig
+
+    size: int = AutoConfig.from_pretrained(base.encoder_path, revision=job.encoder.revision or "main").hidden_size
+    return size
 
 
 def _describe_tables(preparation: Preparation, base: TrialSpec) -> list[dict[str, Any]]:
@@ -272,6 +305,12 @@ def print_plan(found: Mapping[str, Any], console: Console) -> None:
         f"kept, of {found['disk_free_bytes'] / 1e9:.0f} GB free; {hours}",
         highlight=False,
     )
+    if found["state_bytes"]:
+        console.print(
+            f"hidden states at freeze depths: {found['state_bytes'] / 1e9:.2f} GB an evaluated encoder, kept until the "
+            "job is done",
+            highlight=False,
+        )
     for line in found["cant_work"]:
         console.print(f"can't work: {line}", style="red", highlight=False)
     grid = Grid(title="corpus: training and validation rows")

@@ -133,9 +133,9 @@ def _read_values(results: Path, job: Job, table: str, cell: dict[str, Any], spli
     for arm, text in asked.fetchall():
         own = json.loads(text) if text is not None else [cell["frozen_layers"]]
         depths[arm] = cell["frozen_layers"] if cell["frozen_layers"] in own else own[0]
-    frozen = job.evaluate.probes[0] if cell["probe"] == "head" else cell["probe"]
+    frozen = cell["probe"] if cell["frozen_layers"] == "all" else job.evaluate.probes[0]
     for depth in dict.fromkeys(depths.values()):
-        here = cell | {"frozen_layers": depth, "probe": frozen if depth == "all" else "head"}
+        here = cell | {"frozen_layers": depth, "probe": frozen if depth == "all" else "mlp"}
         yield from (row for row in read_cell(results, job.name, table, here, split) if depths[row.arm] == depth)
 
 

@@ -113,9 +113,11 @@ def dump_spec(spec: TrialSpec) -> str:
 
 def is_read(job: Job, name: str) -> bool:
     """Whether the objective, the loss and, where it is searched, the freeze depth that a job has set read a setting."""
-    if name.startswith(("evaluate.fine_tune.", "evaluate.selection")) and "evaluate.frozen_layers" in job.search.space:
+    if name.startswith("evaluate.fine_tune.") and "evaluate.frozen_layers" in job.search.space:
         fine_tuned = any(depth != "all" for depth in job.evaluate.frozen_layers)
-        return fine_tuned if name.startswith("evaluate.fine_tune.") else "all" in job.evaluate.frozen_layers
+        if name == "evaluate.fine_tune.learning_rate":
+            return fine_tuned
+        return fine_tuned or "mlp" in job.evaluate.probes or name == "evaluate.fine_tune.class_weights"
     if not name.startswith("pretrain.") or name == "pretrain.objective":
         return True
     block = name.split(".")[1]
@@ -136,6 +138,12 @@ def possible_values(job: Job, name: str) -> set[Any]:
     if isinstance(entry, Choices):
         values |= {v for choice in entry.choices for v in (choice if isinstance(choice, list) else [choice])}
     return values
+
+
+def list_boundaries(job: Job) -> list[str]:
+    """The freeze depths whose hidden states are kept, over all arms of the job: they share one pass."""
+    depths = possible_values(job, "evaluate.frozen_layers") - {"all", "none"}
+    return sorted(depths, key=lambda depth: int(depth) if depth.isdigit() else 0)
 
 
 def list_unread(job: Job) -> list[str]:
@@ -244,7 +252,7 @@ def resolve_target(job: Job, target: Target) -> dict[str, Any]:
     depths = job.evaluate.frozen_layers
     depth = target.frozen_layers if target.frozen_layers in depths else depths[0]
     # Above a frozen boundary the head is trained with the layers: there is one classifier, whatever the probes are.
-    probe = (target.probe or job.evaluate.probes[0]) if depth == "all" else "head"
+    probe = (target.probe or job.evaluate.probes[0]) if depth == "all" else "mlp"
     return {
         "task": target.task,
         "metric": target.metric,

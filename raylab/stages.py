@@ -27,6 +27,8 @@ VERSIONS = {
     "pretrain": 2,
     "heldout": 1,
     "embed": 1,
+    "activations": 1,
+    "cell": 1,
     "evaluate": 3,
     "baseline": 2,
 }

@@ -47,6 +47,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             "job": _text, "trial_id": _text, "rung": _int, "task": _text, "split": _text, "shots": _int,
             "frozen_layers": _text, "probe": _text, "draw": _int, "metric": _text, "class": _text, "value": _float,
             "num_train": _int, "num_eval": _int,
+            "selection": _text, "parameters_updated": _int, "train_seconds": _float,
         }
     ),
     "confusions": pa.schema(

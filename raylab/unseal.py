@@ -5,14 +5,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+from torch import nn
 
+from raylab.activations import Texts, join_texts, open_states, open_texts, prune_states
 from raylab.baselines import BASELINES, score_baselines
-from raylab.corpus import digest_column, open_rows
+from raylab.cells import Inputs, score_draws
+from raylab.corpus import VALIDATION, digest_column, open_rows
 from raylab.encoder import embed
-from raylab.evaluation import embed_rows, list_draws, open_encoder, score_draws
+from raylab.evaluation import embed_rows, is_half, list_draws, open_encoder, state_rows
 from raylab.labels import to_array
 from raylab.mistakes import JobError
 from raylab.preparation import Preparation, find_last_rung, make_spec, name_point, prepare
+from raylab.probes import Rows
 from raylab.search import is_current, read_values
 from raylab.specs import Job, TrialSpec
 from raylab.stages import FOLDER, Stage, read_info
@@ -91,26 +96,48 @@ def score_test(
     scores: list[dict[str, Any]] = []
     confusions: list[dict[str, Any]] = []
     for task in spec.settings.evaluate.tasks or corpus.tasks:
-        rows, store = open_rows(root / spec.corpus, task), open_tokens(root / spec.tokens[task])
         sealed = split.sealed[task]
         sealed_tokens = store_tokens(results, sealed["text"], digest_column(sealed["text"]), tokenizer)
-        sealed_store = open_tokens(sealed_tokens.path)
-        draws = list(list_draws(rows, task, spec.settings.evaluate, spec.seed))
-        needed = np.unique(np.concatenate([draw.rows for draw in draws]))
-        x = np.load(embed_rows(spec, lambda: model, stage.stage_id, task, store, needed).path / "embeddings.npy")
-        everything = np.arange(len(sealed))
-        found = score_draws(
-            spec, lambda: model, task, draws, rows["label"], rows["group"], store,
-            train_x=lambda chosen, x=x, needed=needed: x[np.searchsorted(needed, chosen)],
-            eval_x=embed(
-                model, sealed_store, everything, Vocabulary(**read_info(root / spec.tokenizer)),
-                max_length=corpus.max_length, long_documents=corpus.long_documents,
-            ),
-            eval_y=to_array(sealed["label"]),
-            eval_store=sealed_store,
-            eval_rows=everything,
-        )  # fmt: skip
+        found = _score_task(spec, model, stage.stage_id, task, sealed, sealed_tokens)
         common = {"rung": row["num_rungs"], "task": task, "split": "test"}
         for rows_of, new in zip((scores, confusions), found, strict=True):
             rows_of += [common | new_row for new_row in new]
     return scores, confusions
+
+
+def _score_task(
+    spec: TrialSpec, model: nn.Module, encoder: str, task: str, sealed: pa.Table, sealed_tokens: Stage
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The scores and confusions of a task's sealed rows; their tokens are a stage, their embeddings are not kept."""
+    results, root, corpus = Path(spec.results), Path(spec.results) / FOLDER, spec.settings.corpus
+    rows, store = open_rows(root / spec.corpus, task), open_tokens(root / spec.tokens[task])
+    sealed_store, everything = open_tokens(sealed_tokens.path), np.arange(len(sealed))
+    draws = list(list_draws(rows, task, spec.settings.evaluate, spec.seed))
+    # As for the validation scores: those rows' embeddings are there already.
+    validation = np.flatnonzero(rows["part"] == VALIDATION)
+    needed = np.unique(np.concatenate([validation, *(draw.rows for draw in draws)]))
+    x = np.load(embed_rows(spec, lambda: model, encoder, task, store, needed).path / "embeddings.npy")
+    vocabulary = Vocabulary(**read_info(root / spec.tokenizer))
+    eval_x = embed(
+        model, sealed_store, everything, vocabulary,
+        max_length=corpus.max_length, long_documents=corpus.long_documents, half=is_half(spec),
+    )  # fmt: skip
+    states: list[Stage] = []
+
+    def open_both(depth: str) -> Texts:
+        parts = ((spec.tokens[task], store, needed), (sealed_tokens.stage_id, sealed_store, everything))
+        if depth == "none":
+            return join_texts(*(open_texts(of, chosen, vocabulary, corpus) for _, of, chosen in parts))
+        if not states:
+            states.extend(state_rows(spec, lambda: model, encoder, *part) for part in parts)
+        return join_texts(*(open_states(state.path, depth) for state in states))
+
+    # Sealed rows stand behind the others, under numbers of their own.
+    numbers = np.concatenate([needed, everything + len(rows["label"])])
+    inputs = Inputs(numbers, np.concatenate([x, eval_x]), open_both, spec.tokens[task], None)
+    judges = Rows(inputs.find(validation), rows["label"][validation])
+    wanted = Rows(len(needed) + everything, to_array(sealed["label"]))
+    found = score_draws(spec, lambda: model, task, draws, rows["label"], rows["group"], inputs, judges, wanted)
+    for state in states:
+        prune_states(results, state.stage_id)
+    return found

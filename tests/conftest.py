@@ -103,7 +103,7 @@ def make_job(tiny_job):
 # The columns that an interrupted run must share with an unbroken one, by table (promise 1 of the design).
 VALUES = {
     "scores": "trial_id, rung, task, split, shots, frozen_layers, probe, draw, metric, class, value, num_train, "
-    "num_eval",
+    "num_eval, selection, parameters_updated",
     "confusions": "trial_id, rung, task, split, shots, frozen_layers, probe, draw, class, predicted, count",
     "geometry": "trial_id, rung, task, split, metric, parameter, value, num_points, reference, low, high",
     "curves": "trial_id, step, tokens, metric, value",

@@ -4,15 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from raylab.blocks import FineTune
+from raylab import cells, evaluation
 from raylab.corpus import TRAIN, VALIDATION, open_rows
-from raylab.encoder import embed, load_encoder, split_layers
+from raylab.encoder import embed, load_encoder
 from raylab.evaluation import list_draws
-from raylab.finetune import fine_tune, freeze
-from raylab.mistakes import InfeasibleError
-from raylab.pretrain import open_data, start_rung
+from raylab.finetune import Tuning
+from raylab.pretrain import open_data
 from raylab.scores import METRICS
 from raylab.stages import FOLDER, read_info
 from raylab.tables import read_rows, read_trial
@@ -41,8 +39,12 @@ FULL = {
 
 
 def read_values(spec, folder):
-    """Rows of the trial's tables as texts, since NaN differs from itself."""
-    return {table: [repr(row) for row in read_rows(folder, spec.job, table, spec.trial_id)] for table in TABLES}
+    """Rows of the trial's tables as texts, since NaN differs from itself; without the time that training took."""
+
+    def plain(row):
+        return repr({name: value for name, value in row.items() if name != "train_seconds"})
+
+    return {table: [plain(row) for row in read_rows(folder, spec.job, table, spec.trial_id)] for table in TABLES}
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +69,7 @@ def test_every_table_is_written(full):
     stages = read_rows(folder, spec.job, "stages", spec.trial_id)
     # Both tasks have the same texts and, with all shots, need the same rows: they share their embeddings.
     assert sorted(stage["kind"] for stage in stages) == [
-        *["embed"] * 2, *["evaluate"] * 4, *["heldout"] * 3, *["pretrain"] * 3,
+        *["activations"] * 2, *["embed"] * 2, *["evaluate"] * 4, *["heldout"] * 3, *["pretrain"] * 3,
     ]  # fmt: skip
     assert {point["step"] for point in read_rows(folder, spec.job, "curves", spec.trial_id)} >= {0, kept["num_steps"]}
 
@@ -80,7 +82,7 @@ def test_scores_are_complete(full):
         for r in rows
     )
     draws = [("2", 0), ("2", 1), ("None", 0)]
-    classifiers = [("all", "logistic"), ("all", "mlp"), *((depth, "head") for depth in DEPTHS[1:])]
+    classifiers = [("all", "logistic"), ("all", "mlp"), *((depth, "mlp") for depth in DEPTHS[1:])]
     classes = read_info(folder / FOLDER / spec.corpus)["classes"]
     expected = sorted(
         (rung, task, *draw, *classifier, metric, str(name))
@@ -97,6 +99,8 @@ def test_scores_are_complete(full):
         assert row["num_eval"] == (part == VALIDATION).sum()
         assert row["num_train"] == (part == TRAIN).sum() if row["shots"] is None else row["num_train"] <= 2 * 6
         assert row["value"] is None or 0 <= row["value"] <= 1
+        assert row["selection"] == "fixed"
+        assert row["train_seconds"] > 0
     key = ("rung", "task", "shots", "frozen_layers", "probe", "draw")
     confusions = read_rows(folder, spec.job, "confusions", spec.trial_id)
     for row in rows:
@@ -109,12 +113,31 @@ def test_scores_are_complete(full):
     assert {(r["rung"], r["task"]) for r in geometry} == set(itertools.product((1, 2), ("condition", "severity")))
 
 
+def test_parameters_updated(full):
+    spec, _, folder = full
+    rows = read_rows(folder, spec.job, "scores", spec.trial_id)
+    head = 16 * 8 + 8 + 8 * 6 + 6
+    layer = 4 * (16 * 16 + 16) + 2 * 16 * 32 + 32 + 16 + 4 * 16
+    found = {
+        (r["frozen_layers"], r["probe"]): r["parameters_updated"]
+        for r in rows
+        if r["task"] == "condition" and r["shots"] is None
+    }
+    assert found["all", "logistic"] == 17 * 6
+    assert found["all", "mlp"] == head
+    assert found["1", "mlp"] == head + layer
+    assert found["embeddings", "mlp"] == head + 2 * layer
+    # Words, positions, one type, and a norm.
+    assert found["none", "mlp"] == head + 2 * layer + (400 + 64 + 2) * 16 + 16 + 32
+
+
 def test_targets_are_means_over_draws(full):
     spec, row, folder = full
     values = [
         r["value"]
         for r in read_rows(folder, spec.job, "scores", spec.trial_id)
         if (r["rung"], r["task"], r["shots"], r["probe"], r["metric"]) == (2, "condition", 2, "mlp", "f1_macro")
+        and r["frozen_layers"] == "all"
     ]
     assert len(values) == 2
     assert row["target_values"] == [pytest.approx(np.mean(values))]
@@ -254,80 +277,96 @@ def test_embeddings_are_the_encoders(full):
     assert read_info(folder / FOLDER / last)["step"] > 0
 
 
-@pytest.fixture
-def encoder(make_spec):
-    spec = make_spec()
-    return load_encoder(str(start_rung(spec, open_data(spec)).path / "encoder"))[0].eval()
+def count_cells(folder):
+    return len(list((folder / FOLDER).glob("cell-*")))
 
 
-def tune(encoder, make_spec, depth, **changes):
-    """Probabilities of some validation rows after a few steps, and the base model that was trained."""
-    spec = make_spec()
-    data, (rows, draws) = open_data(spec), draws_of(spec, "severity")
-    seen = []
-    # Hooks are copied with the module, so this sees the copy that is trained.
-    hook = encoder.base_model.register_forward_pre_hook(lambda module, inputs: seen.append(module))
-    store = open_tokens(Path(spec.results) / FOLDER / spec.tokens["severity"])
-    settings = FineTune(**{"steps": 4, "batch_size": 4, "learning_rate": 1e-2, "hidden_size": 8, **changes})
-    probabilities = fine_tune(
-        encoder, store, draws[0].rows, rows["label"][draws[0].rows], np.flatnonzero(rows["part"] == VALIDATION),
-        data.vocabulary, depth=depth, num_classes=3, corpus=spec.settings.corpus, settings=settings, seed=3,
-        eval_store=store,
-    )  # fmt: skip
-    hook.remove()
-    return probabilities, seen[-1]
+def test_fine_tuned_cells_are_kept_and_found(make_spec, tmp_path, monkeypatch):
+    """An evaluation that dies in its last cell goes on with the others; another draw trains only what is new."""
+    changes = {"evaluate.frozen_layers": ["1"], "evaluate.fine_tune": {"steps": 60, "hidden_size": 8}}
+    changes |= {"pretrain": None, "pretrain.objective": "none"}
+    spec = make_spec("mlm", changes, folder=tmp_path)
+    trained, real = [], Tuning.train
+
+    def die_at_second(self, until, steps):
+        if len(trained) == 1:
+            raise CrashError
+        trained.append(self.run)
+        real(self, until, steps)
+
+    monkeypatch.setattr(Tuning, "train", die_at_second)
+    with pytest.raises(CrashError):
+        run_trial(spec)
+    assert count_cells(tmp_path) == 1
+    monkeypatch.setattr(Tuning, "train", lambda self, *how: trained.append(self.run) or real(self, *how))
+    run_trial(spec)
+    assert len(trained) == 2  # the first is found, with the seconds that it took
+    first = read_rows(tmp_path, spec.job, "scores", spec.trial_id)
+    assert len({row["train_seconds"] for row in first}) == 2
+    more = make_spec("mlm", {**changes, "evaluate.draws": 3}, folder=tmp_path)
+    run_trial(more)
+    assert len(trained) == 3
+    kept = [row for row in read_rows(tmp_path, more.job, "scores", more.trial_id) if row["draw"] < 2]
+    assert kept == first
 
 
-@pytest.mark.parametrize("depth", ["none", "embeddings", "1", "2", "all"])
-def test_frozen_parameters_do_not_change(depth, encoder, make_spec):
-    before = {name: value.clone() for name, value in encoder.state_dict().items()}
-    probabilities, trained = tune(encoder, make_spec, depth)
-    assert trained is not encoder.base_model
-    assert probabilities.shape[1] == 3
-    np.testing.assert_allclose(probabilities.sum(1), 1, rtol=1e-9)
-    # The given encoder is left as it is.
-    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
-    assert all(p.requires_grad for p in encoder.parameters())
-    start, end = (dict(base.named_parameters()) for base in (encoder.base_model, trained))
-    num_frozen = {"none": -1, "embeddings": 0, "1": 1, "2": 2, "all": 2}[depth]
-    for name, value in start.items():
-        place = 0 if name.startswith("embeddings") else int(name.split(".")[2]) + 1
-        # A key's bias adds the same to every logit of a softmax: its true gradient is zero.
-        if place <= num_frozen:
-            assert torch.equal(end[name], value), name
-        elif not name.endswith("key.bias"):
-            assert not torch.equal(end[name], value), name
+def test_a_long_cell_goes_on_from_its_last_part(make_spec, tmp_path, monkeypatch):
+    changes = {"evaluate.frozen_layers": ["1"], "evaluate.fine_tune": {"steps": 64, "hidden_size": 8}}
+    changes |= {"pretrain": None, "pretrain.objective": "none", "evaluate.draws": 1, "evaluate.shots": ["full"]}
+    changes |= {"evaluate.selection": "validation"}  # probabilities at 16, 32, 64 and 128 steps
+    whole = make_spec("mlm", changes, folder=tmp_path / "whole")
+    run_trial(whole)
+    expected = read_values(whole, tmp_path / "whole")
+    monkeypatch.setattr(cells, "PART_STEPS", 50)
+    broken = make_spec("mlm", changes, folder=tmp_path / "broken")
+    begun, real = [], Tuning.train
+
+    def die_in_third(self, until, steps):
+        begun.append(self.step)
+        if self.step == 100 and len(begun) < 4:
+            raise CrashError
+        real(self, until, steps)
+
+    monkeypatch.setattr(Tuning, "train", die_in_third)
+    with pytest.raises(CrashError):
+        run_trial(broken)
+    run_trial(broken)
+    assert begun == [0, 50, 100, 100]
+    assert read_values(broken, tmp_path / "broken") == expected
+    # Its weights on the way are gone.
+    assert not list((tmp_path / "broken" / FOLDER).glob("cell-*/*.safetensors"))
 
 
-def test_frozen_parts_run_without_dropout(encoder, make_spec):
-    modes = {}
-    for name, module in encoder.base_model.named_modules():
-        module.register_forward_pre_hook(
-            lambda module, inputs, name=name: modes.setdefault(name, []).append(module.training)
-        )
-    _, trained = tune(encoder, make_spec, "1")
-    assert set(modes["embeddings.dropout"]) == set(modes["encoder.layer.0.output.dropout"]) == {False}
-    assert modes["encoder.layer.1.output.dropout"][:4] == [True] * 4
-    assert modes["encoder.layer.1.output.dropout"][4:] == [False]
-    assert len(split_layers(encoder).layers) == 2
-    assert not trained.training
+@pytest.mark.parametrize("selection", ["cross_validation", "validation"])
+def test_selection_is_said_in_every_row(selection, make_spec, tmp_path):
+    changes = {
+        "evaluate.selection": selection, "evaluate.frozen_layers": ["all", "1"], "evaluate.probes": ["logistic", "mlp"],
+        "evaluate.fine_tune": {"steps": 4, "hidden_size": 8}, "evaluate.draws": 1,
+        "pretrain": None, "pretrain.objective": "none",
+    }  # fmt: skip
+    spec = make_spec("mlm", changes, folder=tmp_path)
+    assert run_trial(spec)["status"] == "complete"
+    rows = read_rows(tmp_path, spec.job, "scores", spec.trial_id)
+    assert {row["selection"] for row in rows} == {selection}
+    assert {(row["frozen_layers"], row["probe"]) for row in rows} == {("all", "logistic"), ("all", "mlp"), ("1", "mlp")}
 
 
-def test_fine_tuning_is_seeded_and_learns(encoder, make_spec):
-    first, again = (tune(encoder, make_spec, "embeddings")[0] for _ in range(2))
-    assert np.array_equal(first, again)
-    spec = make_spec()
-    data, (rows, draws) = open_data(spec), draws_of(spec, "severity")
-    store = open_tokens(Path(spec.results) / FOLDER / spec.tokens["severity"])
-    chosen = draws[0].rows
-    probabilities = fine_tune(
-        encoder, store, chosen, rows["label"][chosen], chosen, data.vocabulary, depth="none", num_classes=3,
-        corpus=spec.settings.corpus, settings=FineTune(steps=60, learning_rate=5e-3, hidden_size=16), seed=3,
-        eval_store=store,
-    )  # fmt: skip
-    assert (probabilities.argmax(1) == rows["label"][chosen]).all()
+def test_depths_of_a_search_share_one_pass(make_spec, tmp_path):
+    space = {"evaluate.frozen_layers": {"choices": ["all", "1", "embeddings"]}}
+    changes = {"search": {"space": space}, "evaluate.fine_tune": {"steps": 2}, "pretrain": None}
+    changes |= {"pretrain.objective": "none"}
+    for depth in ("1", "embeddings"):
+        run_trial(make_spec("mlm", {**changes, "evaluate.frozen_layers": [depth]}, folder=tmp_path))
+    kept = list((tmp_path / FOLDER).glob("activations-*"))
+    assert [sorted(file.name for file in folder.glob("states-*")) for folder in kept] == [
+        ["states-1.npy", "states-embeddings.npy"]
+    ]
 
 
-def test_freezing_too_deep_is_refused(encoder):
-    with pytest.raises(InfeasibleError, match="'3' exceeds the encoder's 2 layers"):
-        freeze(encoder, "3")
+def test_large_states_are_pruned_at_once(make_spec, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "KEPT_BYTES", 1000)
+    spec = make_spec("mlm", LIGHT, folder=tmp_path)
+    run_trial(spec)
+    folders = list((tmp_path / FOLDER).glob("activations-*"))
+    assert len(folders) == 2
+    assert not [file for folder in folders for file in folder.glob("states-*")]

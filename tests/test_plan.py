@@ -13,8 +13,9 @@ from raylab.corpus import DOCUMENTS, TRAIN
 from raylab.designs import list_points
 from raylab.plan import plan_job, print_plan
 from raylab.preparation import make_spec, prepare
-from raylab.stages import FOLDER
+from raylab.stages import FOLDER, read_info
 from raylab.tokens import open_tokens
+from raylab.trial import run_trial
 
 SPACE = {
     "pretrain.objective": ["none", "mlm", "declutr"],
@@ -48,6 +49,18 @@ def test_arms_and_trials_of_a_grid(make_job, results):
     assert found["cant_work"] == []
     assert found["hours"] is None
     assert found["disk_bytes"] > 0
+
+
+@pytest.mark.parametrize("long_documents", ["truncate", "windows"])
+def test_bytes_of_hidden_states_are_those_that_are_kept(long_documents, make_job, tmp_path):
+    changes = {"evaluate.frozen_layers": ["all", "1", "none"], "evaluate.fine_tune": {"steps": 1}, "pretrain": None}
+    changes |= {"pretrain.objective": "none", "corpus.long_documents": long_documents}
+    job = make_job("mlm", changes)
+    found = plan_job(job, tmp_path)
+    run_trial(make_spec(prepare(job, tmp_path), {}, 0, "fixed"))
+    [kept] = (tmp_path / FOLDER).glob("activations-*")
+    assert found["state_bytes"] == read_info(kept)["bytes"] > 0
+    assert plan_job(make_job("mlm", {"evaluate.frozen_layers": ["all", "none"]}), tmp_path)["state_bytes"] == 0
 
 
 def test_arms_and_trials_of_a_search(make_job, results):

@@ -135,7 +135,7 @@ def test_searched_depths_are_ranked_each_at_its_own(make_job, write, tmp_path):
     space = {"evaluate.frozen_layers": ["all", "none"]}
     searched = make_job("declutr", {"search": {"design": "grid", "space": space}})
     write("base", 0, 0.4)
-    write("none", 0, 0.6, values={"evaluate.frozen_layers": "none"}, cell={"frozen_layers": "none", "probe": "head"})
+    write("none", 0, 0.6, values={"evaluate.frozen_layers": "none"}, cell={"frozen_layers": "none", "probe": "mlp"})
     write("baseline:majority", 0, 0.1, cell={"frozen_layers": None, "probe": None})
     ranked = rank(searched, tmp_path)
     assert [row.arm for row in ranked] == ["none", "base", "baseline:majority"]

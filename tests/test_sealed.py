@@ -41,7 +41,7 @@ def run(job, results):
     connection = open_tables(results)
     return {
         "scores": connection.execute(
-            "select * exclude (job) from scores where split = 'validation' order by all"
+            "select * exclude (job, train_seconds) from scores where split = 'validation' order by all"
         ).fetchall(),
         "geometry": connection.execute("select * exclude (job) from geometry order by all").fetchall(),
         "curves": connection.execute("select * exclude (job) from curves order by all").fetchall(),

@@ -52,6 +52,7 @@ EXPECTED = {
         "job": "string", "trial_id": "string", "rung": "int64", "task": "string", "split": "string", "shots": "int64",
         "frozen_layers": "string", "probe": "string", "draw": "int64", "metric": "string", "class": "string",
         "value": "double", "num_train": "int64", "num_eval": "int64",
+        "selection": "string", "parameters_updated": "int64", "train_seconds": "double",
     },
     "confusions": {
         "job": "string", "trial_id": "string", "rung": "int64", "task": "string", "split": "string", "shots": "int64",
