@@ -31,7 +31,8 @@ from raylab.specs import Choices, Job
 from raylab.tables import SCHEMAS
 
 ROOT = Path(__file__).resolve().parent.parent
-MEDQUAD = ROOT.parent / "shared" / "data" / "medquad"
+# Paths in a job are resolved, and the folder may be a link.
+MEDQUAD = (ROOT.parent / "shared" / "data" / "medquad").resolve()
 MEDQUAD_JOB = ROOT / "jobs" / "medquad_cpu.yaml"
 JOBS = sorted((ROOT / "jobs").glob("*.yaml"))
 SPACES = sorted((ROOT / "search_spaces").glob("*.yaml"))
