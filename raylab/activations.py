@@ -66,12 +66,6 @@ def _first(owner: Ints, num: int) -> Ints:
     return np.searchsorted(owner, np.arange(num + 1)).astype(np.int64)
 
 
-def count_bytes(lengths: Ints, rows: Ints, corpus: Corpus, width: int) -> int:
-    """Bytes of one boundary's hidden states for some rows of lengths[N] tokens."""
-    pieces = cut_pieces(lengths, rows, corpus.max_length, corpus.long_documents)
-    return int((pieces.length + 2).sum()) * width * 2
-
-
 def keep_states(
     results: Path,
     key: dict[str, Any],
