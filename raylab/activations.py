@@ -11,7 +11,7 @@ from torch import nn
 
 from raylab.batches import Ints, cut_pieces, slice_piece
 from raylab.blocks import Corpus
-from raylab.encoder import BATCH_TOKENS, Pooling, pass_pieces, split_layers
+from raylab.encoder import Pooling, pass_pieces, split_layers
 from raylab.stages import Stage, build_stage, prune_stage
 from raylab.tokens import TokenStore, Vocabulary
 
@@ -102,9 +102,7 @@ def keep_states(
                 for name in boundaries
             }
             pooling, largest = Pooling(pieces, len(rows), config.hidden_size), 0.0
-            passing = pass_pieces(
-                encoder, store, pieces, vocabulary, batch_tokens=BATCH_TOKENS, boundaries=boundaries, half=half
-            )
+            passing = pass_pieces(encoder, store, pieces, vocabulary, boundaries=boundaries, half=half)
             for passed in passing:
                 pooling.add(passed)
                 for name, states in passed.states.items():

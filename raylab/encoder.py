@@ -33,7 +33,8 @@ HEADS = {
 }
 
 # Tokens, padding included, that pass through an encoder at once.
-BATCH_TOKENS = 16_384
+# Tokens that pass at once without gradients: few stay in a processor's cache, many keep a GPU busy.
+BATCH_TOKENS = {"cpu": 2048, "cuda": 16_384}
 
 
 class Layers(NamedTuple):
@@ -214,12 +215,13 @@ def pass_pieces(
     pieces: Pieces,
     vocabulary: Vocabulary,
     *,
-    batch_tokens: int,
+    batch_tokens: int | None = None,
     boundaries: Sequence[str] = (),
     half: bool = False,
 ) -> Iterator[Passed]:
     """Runs pieces of texts through an encoder without dropout, longest first; `boundaries` are freeze depths."""
     device = next(model.parameters()).device
+    batch_tokens = batch_tokens or BATCH_TOKENS[device.type]
     parts, caught = split_layers(model), {}
 
     def catch(name: str) -> Any:
@@ -278,7 +280,7 @@ def embed(
     *,
     max_length: int,
     long_documents: str,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     half: bool = False,
 ) -> NDArray[np.float32]:
     """Mean-pooled embeddings of the store's `rows`: [len(rows), D] float32. Windows are averaged by their tokens.

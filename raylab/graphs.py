@@ -11,13 +11,16 @@ import torch
 from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
-from raylab.cosines import TOLERANCE, Edges, Level, Links, Space, cosines_of
+from raylab.cosines import TOLERANCE, Level, Links, Space, cosines_of
 
 Ints = npt.NDArray[np.int64]
 
 # Up to here the points' whole adjacency is multiplied out; beyond, sparse rows of it.
 DENSE_POINTS = 2048
 SPARSE_ROWS = 256
+# On a GPU: bytes of the rows that are marked at once, and paths of two edges that are followed at once.
+MARKED_BYTES = 2**30
+PATHS_AT_ONCE = 2**27
 # Where edges are not listed, clustering is estimated at this many points, from so many pairs of edges of each.
 NUM_CENTRES = 1000
 NUM_PAIRS = 20
@@ -89,7 +92,7 @@ def link_mutual(neighbours: Ints, codes: Ints) -> Links:
     return link_edges(edges, codes)
 
 
-def link_edges(edges: Edges, codes: Ints) -> Links:
+def link_edges(edges: npt.NDArray[np.int32], codes: Ints) -> Links:
     """The graph of some edges, int32 [2, E], each once."""
     num = len(codes)
     known = (codes[edges] >= 0).all(0)
@@ -99,7 +102,7 @@ def link_edges(edges: Edges, codes: Ints) -> Links:
     degrees, class_degrees = (
         np.bincount(ends.reshape(-1), minlength=num).astype(np.int64) for ends in (edges, edges[:, known])
     )
-    return Links(degrees, class_degrees, int(same.sum()), components, edges)
+    return Links(degrees, class_degrees, int(same.sum()), components, torch.from_numpy(edges))
 
 
 def compute_clustering(links: Links, space: Space, level: Level | None) -> Estimate:
@@ -114,20 +117,27 @@ def compute_clustering(links: Links, space: Space, level: Level | None) -> Estim
     return _sample_clustering(degrees * (degrees - 1), space, level)
 
 
-def count_triangles(edges: Edges, degrees: Ints) -> int:
-    """Triangles of the graph of edges int32 [2, E], each once."""
+def count_triangles(edges: torch.Tensor, degrees: Ints) -> int:
+    """Triangles of the graph of edges int32 [2, E], each once; counted where the edges are."""
     num = len(degrees)
     if num <= DENSE_POINTS:
-        joined = torch.zeros((num, num))
-        joined[edges[0], edges[1]] = joined[edges[1], edges[0]] = 1
+        joined = torch.zeros((num, num), device=edges.device)
+        start, end = edges.long()
+        joined[start, end] = joined[end, start] = 1
         # Entries count paths of two edges: whole numbers below 2^24, exact in float32.
         return round(float(((joined @ joined) * joined).sum(1).double().sum()) / 6)
     # Each edge points to the end with more edges, so that no point has many; a triangle is a path and its short cut.
     rank = np.empty(num, dtype=np.int32)
     rank[np.argsort(degrees, kind="stable")] = np.arange(num, dtype=np.int32)
-    ends = np.sort(rank[edges], axis=0)
-    ahead = sparse.csr_array((np.ones(ends.shape[1], dtype=np.int32), tuple(ends)), (num, num))
-    del ends
+    ends = torch.from_numpy(rank).to(edges.device)[edges.long()].sort(0).values
+    return COUNTERS[edges.device.type](ends, num)
+
+
+def _multiply(ends: torch.Tensor, num: int) -> int:
+    """Triangles of edges from ends[0] to ends[1], by products of sparse rows."""
+    start, end = ends.numpy()
+    ahead = sparse.csr_array((np.ones(len(start), dtype=np.int32), (start, end)), (num, num))
+    del start, end, ends
 
     def count(start: int) -> int:
         some = ahead[start : start + SPARSE_ROWS]
@@ -136,6 +146,37 @@ def count_triangles(edges: Edges, degrees: Ints) -> int:
     # scipy lets other threads run while it multiplies.
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         return sum(pool.map(count, range(0, num, SPARSE_ROWS)))
+
+
+def _follow(ends: torch.Tensor, num: int) -> int:
+    """The same on a GPU: every path of two edges is followed, and ends where its start has marked its own ends."""
+    device = ends.device
+    # In order of start, then end.
+    keys = (ends[0].long() * num + ends[1]).sort().values
+    starts, columns = torch.div(keys, num, rounding_mode="floor"), (keys % num).to(torch.int32)
+    del keys
+    counts = torch.bincount(starts, minlength=num)
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    height = max(1, min(num, MARKED_BYTES // num))
+    marked = torch.zeros((height, num), dtype=torch.bool, device=device)
+    total = torch.zeros((), dtype=torch.int64, device=device)
+    firsts = offsets[torch.arange(0, num + height, height, device=device).clamp(max=num)].tolist()
+    for top, first, last in zip(range(0, num, height), firsts, firsts[1:], strict=False):
+        here, middle = starts[first:last] - top, columns[first:last].long()
+        marked[here, middle] = True
+        paths = counts[middle].cumsum(0)
+        num_paths = int(paths[-1]) if len(paths) else 0
+        for begin in range(0, num_paths, PATHS_AT_ONCE):
+            path = torch.arange(begin, min(begin + PATHS_AT_ONCE, num_paths), device=device)
+            edge = torch.searchsorted(paths, path, right=True)
+            # The path's place among those of its first edge is that of its second edge among the middle's.
+            second = offsets[middle[edge]] + path - (paths[edge] - counts[middle[edge]])
+            total += marked[here[edge], columns[second]].sum()
+        marked[here, middle] = False
+    return int(total)
+
+
+COUNTERS = {"cpu": _multiply, "cuda": _follow}
 
 
 def _sample_clustering(weights: npt.NDArray[np.float64], space: Space, level: Level) -> Estimate:

@@ -25,11 +25,11 @@ VERSIONS = {
     "tokens": 1,
     "hygiene": 1,
     "pretrain": 2,
-    "heldout": 1,
-    "embed": 1,
-    "activations": 1,
+    "heldout": 2,
+    "embed": 2,
+    "activations": 2,
     "cell": 1,
-    "evaluate": 3,
+    "evaluate": 4,
     "baseline": 2,
 }
 FOLDER = "_stages"
