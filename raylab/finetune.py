@@ -139,8 +139,8 @@ class Tuning:
         trained, tokens = list(self.named().values()), count_tokens(self.texts)
         classifier: nn.Module = self.classifier
         if world.size > 1:
-            # A family's pooler has no gradient. Buffers never change.
-            classifier = DistributedDataParallel(classifier, find_unused_parameters=True, broadcast_buffers=False)
+            # Parameters that no gradient reaches, such as a pooler's, are left as they are.
+            classifier = DistributedDataParallel(classifier, find_unused_parameters=True)
         order = Order(run.seed, len(run.train), settings.batch_size)
         weights = weigh_rows(run.labels, settings.class_weights)
         labels = run.labels.astype(np.int64)

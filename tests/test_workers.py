@@ -53,11 +53,11 @@ def cluster():
 def run_pair(cluster, tmp_path, monkeypatch):
     """`run_pair(spec, die)`: a trial of two workers; its error, and (rank, step, until) of each training.
 
-    `die(rank, step)`, in a worker's process, is called before each; parts are of 50 steps.
+    In a worker's process `prepare()` is called first, and `die(rank, step)` before each; parts are of 50 steps.
     """
     from raylab import workers
 
-    def run(spec, die=None):
+    def run(spec, die=None, prepare=lambda: None):
         notes = tmp_path / "begun"
         notes.mkdir(exist_ok=True)
 
@@ -78,10 +78,8 @@ def run_pair(cluster, tmp_path, monkeypatch):
                 real(self, until, *how)
 
             Tuning.train = note
-            try:
-                train_worker(config)
-            finally:
-                Tuning.train = real
+            prepare()
+            train_worker(config)
 
         monkeypatch.setattr(workers, "train_worker", work)
         errors = []
@@ -206,11 +204,24 @@ def test_an_error_of_one_worker_ends_the_trial(rank, run_pair, make_spec, tmp_pa
     assert read_trial(tmp_path / "results", spec.job, spec.trial_id)["status"] == expected
 
 
-def test_a_depth_that_the_encoder_lacks_ends_both(run_pair, make_spec, tmp_path):
-    spec = make_spec("mlm", {**LONG, "evaluate.frozen_layers": ["1", "3"]}, folder=tmp_path / "results")
-    error, begun = run_pair(spec)
+def test_an_evaluation_that_is_infeasible_ends_both(run_pair, make_spec, tmp_path):
+    """Rank 0 records it and ends its part of the trial, without an error that would end the other's process."""
+
+    def refuse():
+        from raylab.mistakes import InfeasibleError
+
+        real = cells.copy_above
+
+        def copy_above(model, depth):
+            if depth == "embeddings":
+                raise InfeasibleError("not this one")
+            return real(model, depth)
+
+        cells.copy_above = copy_above
+
+    spec = make_spec("mlm", {**LONG, "evaluate.frozen_layers": ["1", "embeddings"]}, folder=tmp_path / "results")
+    error, begun = run_pair(spec, prepare=refuse)
     assert error is None
     assert {rank for rank, _, _ in begun} == {0, 1}  # the first depth was shared
     row = read_trial(tmp_path / "results", spec.job, spec.trial_id)
-    assert row["status"] == "infeasible"
-    assert "'3' exceeds the encoder's 2 layers" in row["error"]
+    assert (row["status"], row["error"]) == ("infeasible", "not this one")
