@@ -1,5 +1,6 @@
 """Evaluation of an encoder: embeddings, few-shot scores and geometry, on validation or, once unsealed, on test."""
 
+import functools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,19 +12,22 @@ from torch import nn
 
 from raylab.activations import KEPT_BYTES, Texts, keep_states, open_states, open_texts, prune_states
 from raylab.blocks import Evaluate
-from raylab.cells import Draw, Inputs, score_draws
+from raylab.cells import Draw, Inputs, Part, score_draws
 from raylab.corpus import TRAIN, VALIDATION, open_rows
 from raylab.draws import draw_shots
-from raylab.encoder import choose_device, embed, load_encoder
+from raylab.encoder import choose_device, copy_above, embed, load_encoder
+from raylab.finetune import STATE, Tuning
 from raylab.geometry import Options, measure_geometry
 from raylab.heldout import pair_spans
 from raylab.identity import digest
+from raylab.mistakes import InfeasibleError, JobError
 from raylab.noise import derive_seed
 from raylab.probes import Rows
 from raylab.settings import list_boundaries
 from raylab.specs import TrialSpec
-from raylab.stages import FOLDER, Stage, build_stage, read_info
+from raylab.stages import FOLDER, Stage, build_stage, open_stage, read_info
 from raylab.tokens import TokenStore, Vocabulary, open_tokens
+from raylab.world import ALONE, World
 
 Ints = NDArray[np.int64]
 
@@ -53,10 +57,13 @@ def list_draws(rows: dict[str, NDArray[Any]], task: str, evaluate: Evaluate, see
             yield Draw(number, draw, train[chosen])
 
 
-def evaluate_encoder(spec: TrialSpec, stage_id: str, rung: int, open_encoder: Callable[[], nn.Module]) -> Evaluation:
+def evaluate_encoder(
+    spec: TrialSpec, stage_id: str, rung: int, open_encoder: Callable[[], nn.Module], world: World = ALONE
+) -> Evaluation:
     """Scores and geometry of a rung's encoder on the validation rows of every evaluated task.
 
-    `open_encoder` is called only where an evaluation is not there yet: another job may have done it.
+    `open_encoder` is called only where an evaluation is not there yet: another job may have done it. Rank 0 of a trial
+    calls this, the other workers of `world` meanwhile `follow_evaluation`.
     """
     opened: list[nn.Module] = []
 
@@ -67,7 +74,7 @@ def evaluate_encoder(spec: TrialSpec, stage_id: str, rung: int, open_encoder: Ca
 
     result = Evaluation([], [], [], [])
     for task in spec.settings.evaluate.tasks or spec.settings.corpus.tasks:
-        result.stages.extend(_evaluate_task(spec, stage_id, task, model))
+        result.stages.extend(_evaluate_task(spec, stage_id, task, model, world))
         done = result.stages[-1]
         rows = json.loads((done.path / "rows.json").read_text())
         common = {"rung": rung, "task": task, "split": "validation"}
@@ -77,7 +84,65 @@ def evaluate_encoder(spec: TrialSpec, stage_id: str, rung: int, open_encoder: Ca
     return result
 
 
-def _evaluate_task(spec: TrialSpec, encoder: str, task: str, model: Callable[[], nn.Module]) -> list[Stage]:
+def follow_evaluation(spec: TrialSpec, encoder: str, world: World) -> None:
+    """What a worker does while rank 0 evaluates an encoder's stage: its share of every cell that it is told to train.
+
+    Ends when rank 0 broadcasts None. Raises InfeasibleError where it broadcasts an error's text instead: its own ended
+    the trial.
+    """
+    results = Path(spec.results)
+
+    @functools.cache
+    def model() -> nn.Module:
+        folder = open_stage(results, encoder, "encoder")
+        if folder is None:
+            raise FileNotFoundError(encoder)
+        return open_encoder(Stage("pretrain", encoder, folder, True, 0.0, {}))
+
+    used: dict[str, Stage] = {}
+    while (part := world.broadcast(None)) is not None:
+        if isinstance(part, str):
+            raise InfeasibleError(part)
+        try:
+            _train_share(spec, model, encoder, part, used, world)
+        except (InfeasibleError, JobError) as error:
+            # A trial that ends so leaves its process as it is, and rank 0 would wait for this one.
+            raise RuntimeError(f"a worker could not follow: {type(error).__name__}") from error
+    for states in used.values():
+        if states.info["bytes"] > KEPT_BYTES:
+            prune_states(results, states.stage_id)  # rank 0 did; this node may have a mirror of its own
+
+
+def _train_share(
+    spec: TrialSpec,
+    model: Callable[[], nn.Module],
+    encoder: str,
+    part: Part,
+    used: dict[str, Stage],
+    world: World,
+) -> None:
+    """A worker's share of a part of a cell; the stage of activations that it needs is noted in `used`."""
+    root, corpus = Path(spec.results) / FOLDER, spec.settings.corpus
+    store, vocabulary = open_tokens(root / part.tokens), Vocabulary(**read_info(root / spec.tokenizer))
+    if part.depth == "none":
+        texts = open_texts(store, part.rows, vocabulary, corpus)
+    else:
+        states = state_rows(spec, model, encoder, part.tokens, store, part.rows)
+        used[states.stage_id] = states
+        texts = open_states(states.path, part.depth)
+    above = copy_above(model(), part.depth)
+    tuning = Tuning(above, texts, part.run, part.outputs, spec.settings.evaluate.fine_tune, vocabulary.pad_id)
+    if part.before is not None:
+        before = open_stage(Path(spec.results), part.before, STATE)
+        if before is None:
+            raise FileNotFoundError(part.before)
+        tuning.load(before)
+    tuning.train(part.until, part.steps, world)
+
+
+def _evaluate_task(
+    spec: TrialSpec, encoder: str, task: str, model: Callable[[], nn.Module], world: World
+) -> list[Stage]:
     """The embeddings, hidden states and, last, evaluation of an encoder's stage on a task, kept by content."""
     evaluate, root = spec.settings.evaluate, Path(spec.results) / FOLDER
     measures = evaluate.model_dump(mode="json", exclude={"tasks", "retrieval"})
@@ -115,7 +180,7 @@ def _evaluate_task(spec: TrialSpec, encoder: str, task: str, model: Callable[[],
         return x
 
     def build(folder: Path) -> dict[str, Any]:
-        found = measure_task(spec, task, model, open_embeddings, open_states_of, encoder=encoder)
+        found = measure_task(spec, task, model, open_embeddings, open_states_of, encoder=encoder, world=world)
         (folder / "rows.json").write_text(json.dumps(found, allow_nan=False))
         return {"used": {kind: stage.stage_id for kind, stage in used.items()}}
 
@@ -136,6 +201,7 @@ def measure_task(
     open_states_of: Callable[[TokenStore, Ints, str], Texts],
     *,
     encoder: str | None = None,
+    world: World = ALONE,
 ) -> dict[str, list[dict[str, Any]]]:
     """Scores, confusions and geometry of an encoder on a task's validation rows, as plain rows.
 
@@ -150,7 +216,7 @@ def measure_task(
     draws = list(list_draws(rows, task, evaluate, spec.seed))
     needed = np.unique(np.concatenate([validation, *(draw.rows for draw in draws)]))
     x = open_embeddings(store, needed)
-    inputs = Inputs(needed, x, lambda depth: open_states_of(store, needed, depth), spec.tokens[task], encoder)
+    inputs = Inputs(needed, x, lambda depth: open_states_of(store, needed, depth), spec.tokens[task], encoder, world)
     judges = Rows(inputs.find(validation), rows["label"][validation])
     scores, confusions = score_draws(spec, model, task, draws, rows["label"], rows["group"], inputs, judges, judges)
     measured = measure_geometry(

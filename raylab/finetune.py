@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from raylab.activations import Texts
 from raylab.batches import Ints
@@ -22,6 +23,7 @@ from raylab.heads import (
     Heads,
     Order,
     Run,
+    Share,
     Trained,
     classify_loss,
     split_decay,
@@ -29,6 +31,7 @@ from raylab.heads import (
     weigh_rows,
 )
 from raylab.noise import derive_seed
+from raylab.world import ALONE, World
 
 EVAL_TOKENS = 16_384
 STATE = "state.safetensors"
@@ -77,19 +80,44 @@ def pad_pieces(texts: Texts, pieces: Ints, pad_id: int) -> tuple[NDArray[Any], I
     return inputs, (np.arange(inputs.shape[1]) < lengths[:, None]).astype(np.int64)
 
 
+def count_tokens(texts: Texts) -> Ints:
+    """Tokens of each text, those of all its pieces: int64 [n]."""
+    return np.add.reduceat(texts.length, texts.first[:-1])
+
+
+def deal(tokens: Ints, world: World) -> Ints:
+    """The places, rising, of this worker's share of some texts of so many tokens: dealt out from the longest."""
+    return np.sort(np.argsort(-tokens, kind="stable")[world.rank :: world.size])
+
+
+class Classifier(nn.Module):
+    """The layers above a boundary, with a head on the mean-pooled embedding."""
+
+    def __init__(self, model: nn.Module, head: Heads) -> None:
+        super().__init__()
+        self.model, self.head = model, head
+
+    def forward(self, texts: Texts, rows: Ints, *, pad_id: int, parts: int, step: int, share: Share) -> Tensor:
+        """Logits [len(rows), C] of a step of training."""
+        x = embed_texts(self.model, texts, rows, pad_id=pad_id, parts=parts)
+        logits: Tensor = self.head(x[None], step, share)[0]
+        return logits
+
+
 class Tuning:
     """A fine-tuning in memory: a copy of the layers above a boundary, a head on them, their optimiser, and how far.
 
     Every batch, initial weight and dropout is a function of the run's seed and the step, so that no random state is
-    part of it.
+    part of it. The workers of a trial have one each, all alike.
     """
 
     def __init__(self, above: nn.Module, texts: Texts, run: Run, outputs: int, settings: FineTune, pad_id: int) -> None:
-        self.texts, self.run, self.settings, self.pad_id = texts, run, settings, pad_id
+        self.texts, self.run, self.settings, self.pad_id, self.outputs = texts, run, settings, pad_id, outputs
         self.model = copy.deepcopy(above).train()
         self.device = find_device(self.model)
         config: Any = self.model.config
         self.head = Heads([run.seed], config.hidden_size, outputs, settings).to(self.device)
+        self.classifier = Classifier(self.model, self.head)
         groups = split_decay(list(self.model.named_parameters()), settings.learning_rate, settings.weight_decay)
         groups += split_decay(list(self.head.named_parameters()), settings.head_learning_rate, settings.weight_decay)
         self.optimizer = torch.optim.AdamW(groups)
@@ -98,37 +126,68 @@ class Tuning:
 
     def named(self) -> dict[str, nn.Parameter]:
         """All that is trained, by name."""
-        parts = (("model", self.model), ("head", self.head))
-        return {f"{part}.{name}": p for part, module in parts for name, p in module.named_parameters()}
+        return dict(self.classifier.named_parameters())
 
-    def train(self, until: int, steps: Sequence[int]) -> None:
-        """Goes on to step `until`; the probabilities of the run's rows at each of `steps` on the way are `found`."""
+    def train(self, until: int, steps: Sequence[int], world: World = ALONE) -> None:
+        """Goes on to step `until`; the probabilities of the run's rows at each of `steps` on the way are `found`.
+
+        The workers of `world` call this together, on equal tunings: each passes its share of every batch, and of the
+        rows to predict. Gradients, and so weights, are those of the whole batch's loss.
+        """
         started = time.perf_counter()
-        run, settings, multi = self.run, self.settings, self.run.labels.ndim == 2
-        trained = list(self.named().values())
+        run, settings = self.run, self.settings
+        trained, tokens = list(self.named().values()), count_tokens(self.texts)
+        classifier: nn.Module = self.classifier
+        if world.size > 1:
+            # Parameters that no gradient reaches, such as a pooler's, are left as they are.
+            classifier = DistributedDataParallel(classifier, find_unused_parameters=True)
         order = Order(run.seed, len(run.train), settings.batch_size)
         weights = weigh_rows(run.labels, settings.class_weights)
         labels = run.labels.astype(np.int64)
-        parts = CPU_PARTS if self.device.type == "cpu" else 1
+        parts = max(1, CPU_PARTS // world.size) if self.device.type == "cpu" else 1
         for step in range(self.step, until):
-            torch.manual_seed(derive_seed(run.seed, "dropout", step))
-            batch = order.batch(step)
-            x = embed_texts(self.model, self.texts, run.train[batch], pad_id=self.pad_id, parts=parts)
+            # Rank 0's is that of a worker alone.
+            torch.manual_seed(derive_seed(run.seed, "dropout", step, *([world.rank] if world.rank else [])))
+            whole = order.batch(step)
+            places = deal(tokens[run.train[whole]], world)
+            batch = whole[places]
+            counted = weights[batch]
+            if not len(batch):
+                # More workers than rows: this one passes a row that counts nothing, since all have to give gradients.
+                places = np.zeros(1, np.int64)
+                batch = whole[places]
+                counted = np.zeros_like(weights[batch])
+            logits = classifier(
+                self.texts, run.train[batch], pad_id=self.pad_id, parts=parts, step=step,
+                share=Share(places, len(whole)),
+            )  # fmt: skip
             loss = classify_loss(
-                self.head(x[None], step),
+                logits[None],
                 torch.from_numpy(labels[batch]).to(self.device)[None],
-                torch.from_numpy(weights[batch]).to(self.device)[None],
+                torch.from_numpy(counted).to(self.device)[None],
+                int((weights[whole] > 0).sum()),
             )[0]
             self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            # The mean over the workers of what each gives back is the gradient of the whole batch's loss.
+            (loss * world.size).backward()
             nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
             self.optimizer.step()
             if step + 1 in steps:
-                logits = _predict(self.model, self.head, self.texts, run.eval, self.pad_id)
-                self.found.append(to_probabilities(logits, multi=multi))
-                self.model.train()
+                self._predict(tokens, world)
         self.step = until
         self.seconds += time.perf_counter() - started
+
+    def _predict(self, tokens: Ints, world: World) -> None:
+        rows = self.run.eval
+        share = deal(tokens[rows], world)
+        logits = torch.zeros(len(rows), self.outputs, device=self.device)
+        if len(share):
+            places = torch.from_numpy(share).to(self.device)
+            logits[places] = _predict(self.model, self.head, self.texts, rows[share], self.pad_id)
+        if world.size > 1:
+            torch.distributed.all_reduce(logits)  # a row's are those of one worker, and 0 of the others
+        self.found.append(to_probabilities(logits, multi=self.run.labels.ndim == 2))
+        self.model.train()
 
     def finish(self) -> Trained:
         """What came of it; parameters that no gradient reached were not updated."""
@@ -159,11 +218,19 @@ class Tuning:
 
 
 def fine_tune(
-    above: nn.Module, texts: Texts, run: Run, steps: Sequence[int], outputs: int, settings: FineTune, *, pad_id: int
+    above: nn.Module,
+    texts: Texts,
+    run: Run,
+    steps: Sequence[int],
+    outputs: int,
+    settings: FineTune,
+    *,
+    pad_id: int,
+    world: World = ALONE,
 ) -> Trained:
     """Trains a copy of the layers above a boundary with a head, to each of `steps` (rising) up to the run's `until`."""
     tuning = Tuning(above, texts, run, outputs, settings, pad_id)
-    tuning.train(steps[run.until], steps)
+    tuning.train(steps[run.until], steps, world)
     return tuning.finish()
 
 

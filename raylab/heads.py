@@ -45,6 +45,13 @@ class Trained(NamedTuple):
     seconds: float
 
 
+class Share(NamedTuple):
+    """The rows of a batch that one worker has: their places int64 [B] in the batch, and its size."""
+
+    places: Ints
+    size: int
+
+
 class Heads(nn.Module):
     """K classifiers [K, B, D] -> logits [K, B, C]: each its own weights, drawn from its own seed."""
 
@@ -61,14 +68,16 @@ class Heads(nn.Module):
                     parts[2 * index + place].append(values)
         self.weight_1, self.bias_1, self.weight_2, self.bias_2 = (nn.Parameter(torch.stack(p)) for p in parts)
 
-    def forward(self, x: Tensor, step: int | None = None) -> Tensor:
-        """Logits; with a step, as in training: hidden units are dropped by the seed and the step alone."""
+    def forward(self, x: Tensor, step: int | None = None, share: Share | None = None) -> Tensor:
+        """Logits; with a step, as in training: hidden units are dropped by the seed, the step and the row's place."""
         hidden = F.gelu(torch.baddbmm(self.bias_1, x, self.weight_1))
         if step is not None and self.dropout:
             masks = []
             for seed in self.seeds:
                 generator = torch.Generator().manual_seed(derive_seed(seed, "head dropout", step))
-                masks.append(torch.rand(hidden.shape[1:], generator=generator) >= self.dropout)
+                rows = x.shape[1] if share is None else share.size
+                mask = torch.rand((rows, hidden.shape[2]), generator=generator) >= self.dropout
+                masks.append(mask if share is None else mask[torch.from_numpy(share.places)])
             hidden = hidden * (torch.stack(masks).to(hidden.device) / (1 - self.dropout))
         return torch.baddbmm(self.bias_2, hidden, self.weight_2)
 
@@ -111,17 +120,18 @@ def weigh_rows(labels: NDArray[Any], class_weights: str) -> NDArray[np.float32]:
     return weights.reshape(labels.shape)
 
 
-def classify_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+def classify_loss(logits: Tensor, labels: Tensor, weights: Tensor, there: int | None = None) -> Tensor:
     """Mean loss of each classifier [K], over the labels that are there.
 
     logits [K, B, C]; labels [K, B] (cross-entropy) or [K, B, C] (sigmoid); weights as labels, 0 where nothing counts.
+    Of a share of a batch: its part of the mean over the `there` labels of the whole one.
     """
     if labels.ndim == 2:
         losses = F.cross_entropy(logits.transpose(1, 2), labels.clamp(min=0).long(), reduction="none")
     else:
         losses = F.binary_cross_entropy_with_logits(logits, labels.clamp(min=0).to(logits.dtype), reduction="none")
-    there = (weights > 0).flatten(1).sum(1).clamp(min=1)
-    return (losses * weights).flatten(1).sum(1) / there
+    counted = (weights > 0).flatten(1).sum(1).clamp(min=1) if there is None else max(there, 1)
+    return (losses * weights).flatten(1).sum(1) / counted
 
 
 def to_probabilities(logits: Tensor, *, multi: bool) -> Floats:

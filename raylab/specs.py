@@ -137,7 +137,9 @@ class Limits(Model):
 class Resources(Model):
     """What one trial gets; changes no result."""
 
-    workers: int = Field(1, ge=1, description="2 or more: data-parallel through Ray Train")
+    workers: int = Field(
+        1, ge=1, description="2 or more: through Ray Train they share pre-training and large fine-tuned cells"
+    )
     cpus_per_worker: int = Field(1, ge=1)
     gpus_per_worker: float | None = Field(None, ge=0, description="null: 1 where the cluster has GPUs, else 0")
     max_concurrent_trials: int | None = Field(None, ge=1, description="null: as many as fit")

@@ -18,7 +18,7 @@ from torch import nn
 import raylab
 from raylab.driver import read_stop, read_token
 from raylab.encoder import choose_device
-from raylab.evaluation import evaluate_encoder, open_encoder
+from raylab.evaluation import evaluate_encoder, follow_evaluation, open_encoder
 from raylab.memory import read_peak, reset_peak
 from raylab.mistakes import BusyError, InfeasibleError, JobError, SupersededError, describe_error, find_storage_problem
 from raylab.pretrain import measure_rung, open_data, read_curves, start_rung, train_rung
@@ -42,11 +42,12 @@ def run_trial(spec: TrialSpec, *, decide: Decide = go_on, world: World = ALONE) 
     """Runs a trial to its end, from wherever its tables and stages say it is, and returns its row of `trials`.
 
     After each rung its rows are written, then `decide(spec, rung)` says whether to go on. All workers of a trial call
-    this together; rank 0 evaluates and writes. A setting that can't work ends as infeasible, a loss that is not finite
-    as failed; any other error is recorded as failed, without its message (which could quote a text), and raised. Where
-    the job was asked to stop, the trial returns as running after its rung. Raises BusyError where another process
-    trains the rung that it needs, SupersededError where another driver has taken over, and what the file system says
-    where it is full or read-only: then nothing is recorded, and the trial goes on later.
+    this together; rank 0 evaluates and writes, and the others train large cells with it. A setting that can't work ends
+    as infeasible, a loss that is not finite as failed; any other error is recorded as failed, without its message
+    (which could quote a text), and raised. Where the job was asked to stop, the trial returns as running after its
+    rung. Raises BusyError where another process trains the rung that it needs, SupersededError where another driver has
+    taken over, and what the file system says where it is full or read-only: then nothing is recorded, and the trial
+    goes on later.
     """
     reset_peak(choose_device())
     row = _open_row(spec)
@@ -166,8 +167,11 @@ def _run_rungs(spec: TrialSpec, row: dict[str, Any], used: Used, world: World) -
                 measured.append((before, measure_rung(spec, data, chain, rung, training)))
         if rung <= done:
             continue
-        if world.rank == 0:
-            found = evaluate_encoder(spec, before.stage_id, rung, functools.partial(open_rung, rung))
+        if world.rank:
+            follow_evaluation(spec, before.stage_id, world)
+        else:
+            with _leading(world):
+                found = evaluate_encoder(spec, before.stage_id, rung, functools.partial(open_rung, rung), world)
             used.add(*found.stages, *(stage for _, stage in measured))
             scores += found.scores
             confusions += found.confusions
@@ -186,6 +190,20 @@ def _run_rungs(spec: TrialSpec, row: dict[str, Any], used: Used, world: World) -
             effective_spans=info["spans"],
         )  # fmt: skip
         yield rung
+
+
+@contextlib.contextmanager
+def _leading(world: World) -> Iterator[None]:
+    """While rank 0 evaluates, the others follow; they are told of the end, also of an error that ends the trial alone.
+
+    Any other error ends this process, and Ray Train then ends theirs: it may come from within a step that all take.
+    """
+    try:
+        yield
+    except (InfeasibleError, JobError) as error:
+        world.broadcast(str(error))
+        raise
+    world.broadcast(None)
 
 
 def compute_targets(

@@ -288,11 +288,11 @@ def test_fine_tuned_cells_are_kept_and_found(make_spec, tmp_path, monkeypatch):
     spec = make_spec("mlm", changes, folder=tmp_path)
     trained, real = [], Tuning.train
 
-    def die_at_second(self, until, steps):
+    def die_at_second(self, *how):
         if len(trained) == 1:
             raise CrashError
         trained.append(self.run)
-        real(self, until, steps)
+        real(self, *how)
 
     monkeypatch.setattr(Tuning, "train", die_at_second)
     with pytest.raises(CrashError):
@@ -321,11 +321,11 @@ def test_a_long_cell_goes_on_from_its_last_part(make_spec, tmp_path, monkeypatch
     broken = make_spec("mlm", changes, folder=tmp_path / "broken")
     begun, real = [], Tuning.train
 
-    def die_in_third(self, until, steps):
+    def die_in_third(self, *how):
         begun.append(self.step)
         if self.step == 100 and len(begun) < 4:
             raise CrashError
-        real(self, until, steps)
+        real(self, *how)
 
     monkeypatch.setattr(Tuning, "train", die_in_third)
     with pytest.raises(CrashError):

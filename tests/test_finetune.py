@@ -1,10 +1,12 @@
 """Fine-tuning above a frozen boundary, against the plain way: a whole copy of the encoder a cell, nothing kept."""
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import FAMILIES
 from torch import nn
@@ -13,10 +15,11 @@ from raylab.activations import join_texts, keep_states, open_states, open_texts,
 from raylab.batches import cut_pieces, pad_rows, slice_piece
 from raylab.blocks import Corpus, FineTune
 from raylab.encoder import copy_above, count_frozen, embed, encode, load_encoder, pool, split_layers
-from raylab.finetune import embed_texts, fine_tune
+from raylab.finetune import deal, embed_texts, fine_tune
 from raylab.heads import Heads, Order, Run, train_heads, weigh_rows
 from raylab.mistakes import InfeasibleError
 from raylab.noise import derive_seed
+from raylab.world import ALONE, World
 
 DEPTHS = ("none", "embeddings", "1", "2")
 SETTINGS = FineTune(steps=10, batch_size=6, learning_rate=5e-3, head_learning_rate=5e-2, hidden_size=8)
@@ -110,10 +113,10 @@ def fine_tune_plainly(encoder, store, run, vocabulary, depth, settings, corpus, 
 RUN = Run(np.arange(16), LABELS[:16], np.arange(10, 24), 7)
 
 
-def tune(model, depth, store, vocabulary, folder, run=RUN, settings=SETTINGS, corpus=None):
+def tune(model, depth, store, vocabulary, folder, run=RUN, settings=SETTINGS, corpus=None, world=ALONE):
     texts = texts_at(model, depth, store, vocabulary, folder, corpus)
     above = copy_above(model, depth)
-    return fine_tune(above, texts, run, [settings.steps], 3, settings, pad_id=vocabulary.pad_id)
+    return fine_tune(above, texts, run, [settings.steps], 3, settings, pad_id=vocabulary.pad_id, world=world)
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
@@ -290,6 +293,63 @@ def test_joined_texts(encoder_folders, store, make_store, vocabulary):
         assert ours == [two.slice(p).tolist() for p in range(two.first[index], two.first[index + 1])]
         assert [len(piece) for piece in ours] == both.length[pieces.start : pieces.stop].tolist()
     assert both.slice(3).tolist() == one.slice(3).tolist()
+
+
+# Labels of some rows are missing, so that the workers' shares count unequally; with one row a step, a worker has none.
+SHARED_LABELS = np.random.default_rng(1).integers(-1, 2, (16, 3)).astype(np.int8)
+SHARED = {
+    "one label": (RUN, {"batch_size": 5}),
+    "one label, weighted": (RUN._replace(labels=LABELS[:16] // 2), {"batch_size": 7, "class_weights": "balanced"}),
+    "several labels, weighted": (RUN._replace(labels=SHARED_LABELS), {"class_weights": "balanced", "dropout": 0.4}),
+    "one row": (RUN._replace(eval=np.array([20])), {"batch_size": 1}),
+}
+
+
+def tune_share(folder, name, depth, store, vocabulary, states, world=ALONE):
+    run, changes = SHARED[name]
+    settings = SETTINGS.model_copy(update=changes)
+    return tune(load_still(folder), depth, store, vocabulary, states, run, settings, make_corpus("windows"), world)
+
+
+def run_worker(rank, folder, encoder, store, vocabulary):
+    """One of two processes, through all that is shared."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    world = World(rank, 2, lambda value: value)
+    found = {
+        (name, depth): tune_share(encoder, name, depth, store, vocabulary, folder / str(rank), world)
+        for name in SHARED
+        for depth in ("none", "1")
+    }
+    torch.save({key: (torch.from_numpy(t.probabilities[0]), t.num_parameters) for key, t in found.items()},
+               folder / f"{rank}.pt")  # fmt: skip
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_workers(encoder_folders, store, vocabulary, tmp_path_factory):
+    """What two workers make of each run of `SHARED` at two depths."""
+    folder = tmp_path_factory.mktemp("workers")
+    arguments = (folder, encoder_folders["roberta"], store, vocabulary)
+    torch.multiprocessing.spawn(run_worker, arguments, nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("depth", ["none", "1"])
+@pytest.mark.parametrize("name", SHARED)
+def test_two_workers_equal_one(name, depth, two_workers, encoder_folders, store, vocabulary, tmp_path):
+    alone = tune_share(Path(encoder_folders["roberta"]), name, depth, store, vocabulary, tmp_path)
+    for probabilities, num_parameters in (found[name, depth] for found in two_workers):
+        np.testing.assert_allclose(probabilities.numpy(), alone.probabilities[0], atol=1e-4)
+        assert num_parameters == alone.num_parameters
+
+
+def test_shares_are_dealt_evenly():
+    tokens = np.array([9, 1, 8, 2, 7, 3, 6])
+    shares = [deal(tokens, World(rank, 3, lambda value: value)) for rank in range(3)]
+    assert [share.tolist() for share in shares] == [[0, 1, 6], [2, 5], [3, 4]]
+    assert np.array_equal(deal(tokens, ALONE), np.arange(7))
 
 
 def test_freezing_too_deep_is_refused(encoder_folders):

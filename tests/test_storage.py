@@ -566,6 +566,8 @@ def test_nodes_that_share_no_folder_run_a_job(workers, nodes, make_job, url, rea
     changes = {"name": "nodes", "resources": {"workers": workers, "gpus_per_worker": 0}}
     if workers == 1:
         changes["search"] = {"space": {"pretrain.learning_rate": {"choices": [1e-3, 2e-3]}}, "seeds": [0, 1]}
+    else:  # large enough a cell that both train it, each from its own copy of the encoder and of the hidden states
+        changes["evaluate"] = {"shots": ["full"], "frozen_layers": ["1"], "fine_tune": {"steps": 50}}
     job = make_job("mlm", changes)
     results = open_results(url)
     count = 4 if workers == 1 else 1
@@ -575,7 +577,9 @@ def test_nodes_that_share_no_folder_run_a_job(workers, nodes, make_job, url, rea
     assert len(used) >= workers  # one worker's trials may all have found room on one node
     assert not list((results / FOLDER).glob("pretrain-*")), "the driver needs no checkpoint"
     assert not [name for name in list_remote(url) if name.startswith(".train-")]
-    if workers == 1:
+    if workers == 2:
+        assert all(list(node.glob(f"*/{FOLDER}/activations-*/stage.json")) for node in nodes)
+    else:
         here = tmp_path / "here"
         assert run(job, here).states == {"complete": count}
         assert read_values(results) == read_values(here)
