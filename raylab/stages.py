@@ -27,9 +27,9 @@ VERSIONS = {
     "pretrain": 2,
     "heldout": 1,
     "embed": 1,
-    "activations": 1,
+    "activations": 2,
     "cell": 1,
-    "evaluate": 3,
+    "evaluate": 4,
     "baseline": 2,
 }
 FOLDER = "_stages"
