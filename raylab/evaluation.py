@@ -20,6 +20,7 @@ from raylab.heldout import pair_spans
 from raylab.identity import digest
 from raylab.noise import derive_seed
 from raylab.probes import Rows
+from raylab.rungs import name_start
 from raylab.settings import list_boundaries
 from raylab.specs import TrialSpec
 from raylab.stages import FOLDER, Stage, build_stage, read_info
@@ -214,7 +215,7 @@ def state_rows(
 def name_weights(spec: TrialSpec, encoder: str) -> str:
     """What names the weights that embed, of an encoder's stage: where none was trained or drawn, they have no seed."""
     untouched = spec.settings.pretrain.objective == "none" and spec.encoder_path is not None
-    return f"start-{spec.encoder_digest}" if untouched else encoder
+    return name_start(spec) if untouched else encoder
 
 
 def is_half(spec: TrialSpec) -> bool:
