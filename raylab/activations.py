@@ -95,26 +95,29 @@ def keep_states(
         offsets = np.concatenate([[0], np.cumsum(length)])
         np.save(folder / "first.npy", _first(pieces.owner, len(rows)))
         np.save(folder / "length.npy", length)
+        files: dict[str, Any] = {}
+        wanted = boundaries
+        # Each depth by itself: what else is asked for beside it must not decide its precision.
         for kind in (np.float16, np.float32):
             shape = (int(offsets[-1]), config.hidden_size)
-            files = {
-                name: np.lib.format.open_memmap(folder / f"{STATES}{name}.npy", "w+", kind, shape)
-                for name in boundaries
+            files |= {
+                name: np.lib.format.open_memmap(folder / f"{STATES}{name}.npy", "w+", kind, shape) for name in wanted
             }
-            pooling, largest = Pooling(pieces, len(rows), config.hidden_size), 0.0
-            passing = pass_pieces(encoder, store, pieces, vocabulary, boundaries=boundaries, half=half)
+            pooling, largest = Pooling(pieces, len(rows), config.hidden_size), dict.fromkeys(wanted, 0.0)
+            passing = pass_pieces(encoder, store, pieces, vocabulary, boundaries=wanted, half=half)
             for passed in passing:
                 pooling.add(passed)
                 for name, states in passed.states.items():
-                    largest = max(largest, float(states.abs().max()))
+                    largest[name] = max(largest[name], float(states.abs().max()))
                     values = states.to(torch.float32).cpu().numpy()
                     for place, index in enumerate(passed.batch):
                         with np.errstate(over="ignore"):
                             files[name][offsets[index] : offsets[index + 1]] = values[place, : length[index]]
-            for file in files.values():
-                file.flush()
-            if largest < float(np.finfo(np.float16).max):
+            wanted = [name for name in wanted if largest[name] >= float(np.finfo(np.float16).max)]
+            if not wanted:
                 break
+        for file in files.values():
+            file.flush()
         np.save(folder / "embeddings.npy", pooling.finish())
         return {"rows": len(rows), "bytes": sum(file.nbytes for file in files.values())}
 

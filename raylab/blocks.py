@@ -277,7 +277,12 @@ class Pretrain(Model):
 class FineTune(Model):
     """The `mlp` head on mean-pooled embeddings, at every freeze depth, and the layers above the frozen ones."""
 
-    steps: int = Field(100, ge=1, description="optimiser steps; selection tries 1/4, 1/2, 1 and 2 times as many")
+    steps: int = Field(
+        100,
+        ge=1,
+        description="optimiser steps, whatever the shots: full may need more; selection tries 1/4, 1/2, 1 and 2 times "
+        "as many",
+    )
     batch_size: int = Field(16, ge=1, description="texts a step; fewer rows than that are one batch")
     learning_rate: Positive = Field(1e-4, description="of the layers, constant")
     head_learning_rate: Positive = Field(1e-3, description="of the head, constant")

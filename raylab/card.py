@@ -9,9 +9,10 @@ import numpy as np
 
 from raylab.definitions import DEFINITIONS
 from raylab.ranking import Interval, compute_interval
+from raylab.results import list_ranked
 from raylab.settings import SETTINGS
 from raylab.stages import FOLDER
-from raylab.tables import list_summaries, read_rows, read_trial
+from raylab.tables import read_rows, read_trial
 
 Rows = list[dict[str, Any]]
 # What a cell of the scores is, beside its draw, its metric and its class.
@@ -145,10 +146,10 @@ def _cells(rows: Rows) -> dict[tuple[Any, ...], dict[str, float]]:
 
 
 def _read_arm(results: Path, row: Mapping[str, Any]) -> list[dict[tuple[Any, ...], dict[str, float]]]:
-    """The cells of every complete trial of the same arm in its job, one a seed."""
+    """The cells of every ranked trial of the same arm in its job, one a seed: on a search's seeds it was chosen."""
     found = []
-    for other in list_summaries(results, row["job"]):
-        if other["arm"] == row["arm"] and other["status"] == "complete":
+    for other in list_ranked(results, row["job"]):
+        if other["arm"] == row["arm"]:
             trial = read_trial(results, row["job"], other["trial_id"])
             rows = read_rows(results, row["job"], "scores", other["trial_id"])
             found.append(_cells([r for r in rows if trial is not None and r["rung"] == trial["num_rungs"]]))
@@ -182,6 +183,12 @@ def _describe_scores(results: Path, row: Mapping[str, Any], scores: Rows) -> str
         "of this job: they speak of other seeds, given this split, not of other hospitals. The test split has no part "
         "in this page.\n\n"
     )
+    if row["phase"] == "search":
+        text += (
+            "This trial is one of a search, which may have chosen its arm by these very scores: they flatter it.\n\n"
+        )
+    if row["evaluate.selection"] == "validation":
+        text += "C and steps were chosen on these validation rows, which few labels would not have.\n\n"
     return text + _table(names, list_rows()) + ("\n" + "\n".join(told) if told else "")
 
 

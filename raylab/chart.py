@@ -7,15 +7,10 @@ from typing import Any
 from raylab.mistakes import JobError
 
 ENDINGS = (".png", ".svg")
-# Of the batches, smallest first: a grey, a marker and a line each, so that none needs colour.
-STYLES = (
-    ("#000000", "o", "-"),
-    ("#4d4d4d", "s", "--"),
-    ("#808080", "^", "-."),
-    ("#a6a6a6", "D", ":"),
-    ("#000000", "v", ":"),
-    ("#666666", "P", "-"),
-)
+# Of the batches, smallest first: a grey, a marker and a line each, so that none needs colour; the first 28 all differ.
+GREYS = ("#000000", "#4d4d4d", "#808080", "#a6a6a6")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+LINES = ("-", "--", "-.", ":")
 
 
 def check_chart(path: Path) -> None:
@@ -42,11 +37,12 @@ def plot_profile(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None
     for column, (device, precision) in enumerate(columns):
         here = [r for r in rows if (r["device"], r["precision"]) == (device, precision) and r["p50_ms"] is not None]
         for number, batch in enumerate(batches):
-            colour, marker, line = STYLES[number % len(STYLES)]
+            colour, marker, line = (style[number % len(style)] for style in (GREYS, MARKERS, LINES))
             found = [row for row in here if row["batch"] == batch]
             encoded = [row for row in found if row["work"] == "encode"]
             label = f"batch of {batch}"
-            aside = 1 + 0.05 * (number - (len(batches) - 1) / 2)  # else one line up would hide another
+            # Else one line up would hide another.
+            aside = 1 + 0.2 * (number - (len(batches) - 1) / 2) / max(len(batches) - 1, 4)
             x = [row["length"] * aside for row in encoded]
             how = {"color": colour, "marker": marker, "linestyle": line, "markersize": 4.5, "linewidth": 1.4}
             for place, row in zip(x, encoded, strict=True):
@@ -73,7 +69,8 @@ def plot_profile(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None
     panels[0][0].set_ylabel("milliseconds a batch, p50 to p95")
     panels[1][0].set_ylabel("texts a second")
     handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
+    wide = min(len(labels), 3 * len(columns))  # more would not fit beside each other
+    figure.legend(handles, labels, loc="outside lower center", ncols=wide, frameon=False, fontsize=9)
     figure.suptitle(f"{title}: time to classify texts", fontsize=11)
     try:
         figure.savefig(path)

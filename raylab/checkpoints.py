@@ -22,10 +22,9 @@ def prune_checkpoints(results: Path, job: Job) -> int:
     """Deletes what resume, unseal and export don't need of a job's checkpoints; returns the bytes freed.
 
     Every complete trial keeps its final encoder, in any job; a trial that is not finished keeps all. What is needed
-    again later, such as earlier rungs with other shots, is then trained again. `limits.checkpoints: all` keeps all.
+    again later, such as earlier rungs with other shots, is then trained again. `limits.checkpoints: all` keeps the
+    encoders of all rungs; hidden states go either way.
     """
-    if job.limits.checkpoints == "all":
-        return 0
     pull(results)
     keep: set[str] = set()
     mine: set[str] = set()
@@ -45,6 +44,8 @@ def prune_checkpoints(results: Path, job: Job) -> int:
     except DamagedError:
         return 0  # another job's file: what it needs isn't known until that one is resumed
     freed = sum(prune_stage(results, stage_id, STATES) for stage_id in sorted(states))
+    if job.limits.checkpoints == "all":
+        return freed
     return freed + sum(prune_stage(results, stage_id, WEIGHTS) for stage_id in sorted(mine - keep))
 
 

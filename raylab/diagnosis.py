@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 from raylab.definitions import DEFINITIONS
 from raylab.mistakes import JobError
 from raylab.output import Format, print_rows
-from raylab.results import find_job, open_tables, read_heldout
+from raylab.results import find_job, open_tables
+from raylab.settings import SETTINGS, label_values
 
 # The most that a collapsed space keeps of what Gaussian vectors have.
 COLLAPSED_RANK = 0.1
@@ -86,22 +87,22 @@ def diagnose_job(results: Path, name: str) -> list[dict[str, Any]]:
     numbers = _read_numbers(results, name)
     if not numbers:
         raise JobError([f"diagnose: {name} has no complete trial with geometry yet; run it first"])
-    rows = []
+    rows, labels = [], _label_arms(results, name)
     for (arm, task), values in sorted(numbers.items()):
         for signature, (rule, needs, holds) in SIGNATURES.items():
             known = {need: values[need] for need in needs if not math.isnan(values.get(need, math.nan))}
             missing = [need for need in needs if need not in known]
             found = None if missing else holds(known)
             rows.append(
-                {"arm": arm, "task": task, "signature": signature, "found": found, "evidence": known, "rule": rule,
-                 "missing": missing}
+                {"arm": arm, "settings": labels[arm], "task": task, "signature": signature, "found": found,
+                 "evidence": known, "rule": rule, "missing": missing}
             )  # fmt: skip
     return rows
 
 
 def _read_numbers(results: Path, name: str) -> dict[tuple[str, str], dict[str, float]]:
     """(arm, task) -> name -> number. The names are those that SIGNATURES need."""
-    connection = open_tables(results, "trials geometry scores", name)
+    connection = open_tables(results, "trials geometry scores curves", name)
     condition = "s.split = 'validation' and s.rung = t.num_rungs and t.status = 'complete'"
     found: dict[tuple[str, str], dict[str, float]] = {}
     # Of the metrics with several parameters the largest counts: the last row of each wins.
@@ -117,9 +118,15 @@ def _read_numbers(results: Path, name: str) -> dict[tuple[str, str], dict[str, f
         numbers = found.setdefault((arm, task), {})
         numbers[metric] = math.nan if value is None else value
         numbers[f"{metric}_{kind}"] = math.nan if reference is None else reference
-    heldout: dict[str, list[dict[str, tuple[float, float]]]] = {}
-    for (arm, _), measures in read_heldout(results, name).items():
-        heldout.setdefault(arm, []).append(measures)
+    ends = connection.execute(
+        """
+        with last as (select job, trial_id, s.metric, arg_max(s.value, s.step) as value from curves s
+                      where s.metric like 'heldout%' group by all)
+        select t.arm, s.metric, avg(s.value) from last s join trials t using (job, trial_id)
+        where t.status = 'complete' group by all
+        """
+    )
+    heldout = {(arm, metric): value for arm, metric, value in ends.fetchall()}
     scores = connection.execute(
         f"""
         select t.arm, s.task, coalesce(s.shots, 1e9) as shots, s.probe, avg(s.value)
@@ -137,9 +144,23 @@ def _read_numbers(results: Path, name: str) -> dict[tuple[str, str], dict[str, f
             its_shots, value = last.get((f"baseline:{baseline}", task), (math.nan, math.nan))
             numbers[f"f1_macro_{baseline}"] = value if its_shots == shots else math.nan
         for metric in ("heldout_mlm_loss", "heldout_unigram_entropy"):
-            ends = [measures[metric][1] for measures in heldout.get(arm, []) if metric in measures]
-            numbers[metric] = sum(ends) / len(ends) if ends else math.nan
+            numbers[metric] = heldout.get((arm, metric), math.nan)
     return found
+
+
+def _label_arms(results: Path, name: str) -> dict[str, str]:
+    """What sets each arm apart for people: settings in which the arms that read them differ."""
+    columns = ", ".join(f'any_value("{setting}")' for setting in SETTINGS)
+    rows = (
+        open_tables(results, "trials", name)
+        .execute(
+            f"select arm, {columns} from trials where status = 'complete' and arm not like 'baseline:%' group by arm"
+        )
+        .fetchall()
+    )
+    differ = [index for index in range(len(SETTINGS)) if len({row[index + 1] for row in rows} - {None}) > 1]
+    names = list(SETTINGS)
+    return {row[0]: label_values({names[index]: row[index + 1] for index in differ}) for row in rows}
 
 
 def print_diagnosis(rows: list[dict[str, Any]], form: Format) -> None:

@@ -23,6 +23,7 @@ from raylab.identity import digest
 from raylab.mistakes import InfeasibleError, JobError
 from raylab.noise import derive_seed
 from raylab.probes import Rows
+from raylab.rungs import name_start
 from raylab.settings import list_boundaries
 from raylab.specs import TrialSpec
 from raylab.stages import FOLDER, Stage, build_stage, open_stage, read_info
@@ -161,12 +162,13 @@ def _evaluate_task(
     }
     used: dict[str, Stage] = {}
     states: dict[str, Texts] = {}
+    weights = name_weights(spec, encoder)
 
     def open_states_of(store: TokenStore, needed: Ints, depth: str) -> Texts:
         if depth == "none":
             return open_texts(store, needed, Vocabulary(**read_info(root / spec.tokenizer)), spec.settings.corpus)
         if "activations" not in used:
-            used["activations"] = state_rows(spec, model, encoder, spec.tokens[task], store, needed)
+            used["activations"] = state_rows(spec, model, weights, spec.tokens[task], store, needed)
             # All at once: what is mapped stays, also where another job's end prunes the files.
             depths = set(list_boundaries(spec.settings)) & set(evaluate.frozen_layers)
             states.update({depth: open_states(used["activations"].path, depth) for depth in depths})
@@ -175,7 +177,7 @@ def _evaluate_task(
     def open_embeddings(store: TokenStore, needed: Ints) -> NDArray[np.float32]:
         for depth in set(list_boundaries(spec.settings)) & set(evaluate.frozen_layers):
             open_states_of(store, needed, depth)  # their pass gives the embeddings too
-        used["embed"] = embed_rows(spec, model, encoder, task, store, needed, used.get("activations"))
+        used["embed"] = embed_rows(spec, model, weights, task, store, needed, used.get("activations"))
         x: NDArray[np.float32] = np.load(used["embed"].path / "embeddings.npy", mmap_mode="r")
         return x
 
@@ -265,12 +267,21 @@ def embed_spans(
 def state_rows(
     spec: TrialSpec, model: Callable[[], nn.Module], encoder: str, tokens: str, store: TokenStore, needed: Ints
 ) -> Stage:
-    """Hidden states of some rows of a table of tokens (by its stage's id) at the job's boundaries, kept by content."""
+    """Hidden states of some rows of a table of tokens (by its stage's id) at the job's boundaries, kept by content.
+
+    `encoder` is what `name_weights` says.
+    """
     root, corpus = Path(spec.results) / FOLDER, spec.settings.corpus
     vocabulary = Vocabulary(**read_info(root / spec.tokenizer))
     key = _embedding_key(spec, encoder, tokens, needed)
     depths = list_boundaries(spec.settings)
     return keep_states(Path(spec.results), key, model, store, needed, vocabulary, corpus, depths, is_half(spec))
+
+
+def name_weights(spec: TrialSpec, encoder: str) -> str:
+    """What names the weights that embed, of an encoder's stage: where none was trained or drawn, they have no seed."""
+    untouched = spec.settings.pretrain.objective == "none" and spec.encoder_path is not None
+    return name_start(spec) if untouched else encoder
 
 
 def is_half(spec: TrialSpec) -> bool:
@@ -301,7 +312,7 @@ def embed_rows(
 ) -> Stage:
     """Embeddings of some rows of a task's tokens, kept by content: embeddings.npy, float32 [len(needed), D].
 
-    `encoder` is the id of the stage that holds it, `model` opens it. The pass that made `states` made them already.
+    `encoder` is what `name_weights` says, `model` opens it. The pass that made `states` made them already.
     """
     corpus, root = spec.settings.corpus, Path(spec.results) / FOLDER
 

@@ -142,8 +142,10 @@ def _batches(ids: Ints, mask: Ints, device: torch.device) -> list[tuple[slice, T
 
 
 @torch.inference_mode()
-def measure_heldout(encoder: nn.Module, head: nn.Module | None, held_out: HeldOut) -> dict[str, float]:
-    """MLM loss (nats a token) and accuracy, retrieval accuracy, and category accuracy where there is a head.
+def measure_heldout(
+    encoder: nn.Module, head: nn.Module | None, held_out: HeldOut, *, masked: bool = True
+) -> dict[str, float]:
+    """MLM loss (nats a token) and accuracy (where `masked`), retrieval accuracy, and with a head category accuracy.
 
     Retrieval: the share of anchors whose own following span is the nearest by cosine among its pool's `candidates`.
     """
@@ -151,7 +153,7 @@ def measure_heldout(encoder: nn.Module, head: nn.Module | None, held_out: HeldOu
     was_training = encoder.training
     encoder.eval()
     loss, hits, count, known, right = 0.0, 0, 0, 0, 0
-    for here, ids, mask in _batches(held_out.masked, held_out.mask, device):
+    for here, ids, mask in _batches(held_out.masked, held_out.mask, device) if masked else ():
         targets = torch.from_numpy(held_out.targets[here, : ids.shape[1]]).to(device)
         chosen = targets >= 0
         with precision(device):
@@ -165,7 +167,9 @@ def measure_heldout(encoder: nn.Module, head: nn.Module | None, held_out: HeldOu
             predicted = head(pool(hidden, mask)).argmax(1)
             known += int((categories >= 0).sum())
             right += int(((predicted == categories) & (categories >= 0)).sum())
-    measures = {"heldout_mlm_loss": loss / max(count, 1), "heldout_mlm_accuracy": hits / max(count, 1)}
+    measures = {}
+    if masked:
+        measures = {"heldout_mlm_loss": loss / max(count, 1), "heldout_mlm_accuracy": hits / max(count, 1)}
     if held_out.anchors is not None and held_out.positives is not None:
         sides = [_embed_spans(encoder, *side, device) for side in (held_out.anchors, held_out.positives)]
         pools = [side.reshape(-1, held_out.candidates, side.shape[1]) for side in sides]

@@ -161,6 +161,10 @@ def print_ranking(job: Any, results: Path, split: str = "validation") -> None:
                 row.arm, row.label, _interval(row.value), _interval(row.difference, True) if row.difference else ""
             )
         output.print(grid)
+    scored = [cell for table, cell, _ in list_cells(job) if table == "scores"]
+    for name, values in (("frozen_layers", job.evaluate.frozen_layers), ("probe", job.evaluate.probes)):
+        if more := [value for value in values if value not in {cell[name] for cell in scored}]:
+            output.print(f"scored too, see table scores: {name} {', '.join(more)}", highlight=False)
     if len(job.search.targets) > 1 and (front := find_front(results, job, base, split, arms)):
         told = [(resolve_target(job, target), target.mode) for target in job.search.targets]
         names = [", ".join(f"{k}={v}" for k, v in cell.items() if v is not None) + f" ({mode})" for cell, mode in told]

@@ -41,6 +41,8 @@ def plan_job(job: Job, results: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"job": job.name, "design": job.search.design}
     found |= _plan_arms(preparation)
     found |= _plan_states(preparation, base)
+    untrained = found["trials"] - found["trials_with_pretraining"]
+    found["evaluated_encoders"] = found["pretrainings"] * job.pretrain.rungs + untrained
     found["corpus"] = _describe_tables(preparation, base)
     found["spans"] = _describe_spans(preparation, base)
     found["hygiene"] = check_corpus(preparation, base)
@@ -308,7 +310,7 @@ def print_plan(found: Mapping[str, Any], console: Console) -> None:
     if found["state_bytes"]:
         console.print(
             f"hidden states at freeze depths: {found['state_bytes'] / 1e9:.2f} GB an evaluated encoder, kept until the "
-            "job is done",
+            f"job is done where no task's exceed 1 GiB, of up to {found['evaluated_encoders']} encoders",
             highlight=False,
         )
     for line in found["cant_work"]:

@@ -15,9 +15,9 @@ from raylab.encoder import build_encoder, load_encoder, save_encoder
 from raylab.heldout import compute_unigram_entropy, measure_heldout, prepare_heldout
 from raylab.noise import derive_seed
 from raylab.objectives import Learner
-from raylab.rungs import Link, data_key, rung_budget, start_key
+from raylab.rungs import Link, data_key, name_start, rung_budget, start_key
 from raylab.specs import TrialSpec
-from raylab.stages import FOLDER, Stage, build_stage, find_stage, prune_stage, read_info
+from raylab.stages import FOLDER, Stage, build_stage, find_stage, name_stage, peek_stage, prune_stage, read_info
 from raylab.tokens import Vocabulary, open_tokens
 from raylab.training import (
     ENCODER,
@@ -129,11 +129,13 @@ def _open_learner(spec: TrialSpec, data: Data, chain: Sequence[Link], rung: int)
 def measure_rung(spec: TrialSpec, data: Data, chain: Sequence[Link], rung: int, training: Training | None) -> Stage:
     """The held-out measures of a rung's encoder, as the info of a stage of their own: metric -> value.
 
-    They are no part of the pre-training: other measures asked for train nothing again.
+    They are no part of the pre-training: other measures asked for train nothing again. Of weights from elsewhere that
+    came without a masked-language head, the one that was drawn for them tells nothing: then there is no MLM loss.
     """
-    retrieval = spec.settings.evaluate.retrieval
+    retrieval, given = spec.settings.evaluate.retrieval, rung == 0 and spec.encoder_path is not None
+    headless = given and is_headless(spec)
     key = {
-        "encoder": chain[rung].stage_id,
+        "encoder": name_start(spec) if given else chain[rung].stage_id,
         "data": data_key(spec),
         "max_length": spec.settings.corpus.max_length,
         "retrieval": retrieval.model_dump(),
@@ -145,10 +147,16 @@ def measure_rung(spec: TrialSpec, data: Data, chain: Sequence[Link], rung: int, 
         held_out = prepare_heldout(data.store, rows, data.categories, data.vocabulary, spec.settings.corpus, retrieval)
         train_rows = np.flatnonzero(data.rows["part"] == TRAIN)
         entropy = compute_unigram_entropy(data.store, train_rows, held_out, data.vocabulary)
-        measures = measure_heldout(learner.encoder, learner.head if rung else None, held_out)
+        measures = measure_heldout(learner.encoder, learner.head if rung else None, held_out, masked=not headless)
         return {"heldout_unigram_entropy": entropy} | measures
 
     return build_stage(Path(spec.results), "heldout", key, build)
+
+
+def is_headless(spec: TrialSpec) -> bool:
+    """Whether the weights that an encoder starts from came without a masked-language head."""
+    info = peek_stage(Path(spec.results), name_stage("inspect", {"encoder": spec.encoder_digest}))
+    return info is not None and bool(info["new_head"])
 
 
 def read_curves(stages: Sequence[tuple[Stage, Stage]]) -> list[dict[str, Any]]:

@@ -117,7 +117,7 @@ def score_choice(labels: NDArray[Any], probabilities: Floats) -> float:
     for column in range(labels.shape[1]):
         known = labels[:, column] >= 0
         if (labels[known, column] == 1).any():
-            values.append(f1_score(labels[known, column], probabilities[known, column] >= 0.5, zero_division=0))
+            values.append(f1_score(labels[known, column], probabilities[known, column] > 0.5, zero_division=0))
     return float(np.mean(values)) if values else 0.0
 
 

@@ -42,6 +42,11 @@ def start_key(spec: TrialSpec) -> dict[str, Any]:
     }
 
 
+def name_start(spec: TrialSpec) -> str:
+    """What names the weights below the head of an encoder that starts from others: no seed draws any of them."""
+    return f"start-{spec.encoder_digest}"
+
+
 def list_rungs(spec: TrialSpec) -> list[Link]:
     """The chain of a trial's rungs, from 0, the encoder as it starts; nothing is built."""
     pretrain, key = spec.settings.pretrain, start_key(spec)

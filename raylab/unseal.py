@@ -8,21 +8,22 @@ import numpy as np
 import pyarrow as pa
 from torch import nn
 
-from raylab.activations import Texts, join_texts, open_states, open_texts, prune_states
+from raylab.activations import STATES, Texts, join_texts, open_states, open_texts
 from raylab.baselines import BASELINES, score_baselines
 from raylab.cells import Inputs, score_draws
 from raylab.corpus import VALIDATION, digest_column, open_rows
 from raylab.encoder import embed
-from raylab.evaluation import embed_rows, is_half, list_draws, open_encoder, state_rows
+from raylab.evaluation import embed_rows, is_half, list_draws, name_weights, open_encoder, state_rows
 from raylab.labels import to_array
 from raylab.mistakes import JobError
 from raylab.preparation import Preparation, find_last_rung, make_spec, name_point, prepare
 from raylab.probes import Rows
 from raylab.search import is_current, read_values
 from raylab.specs import Job, TrialSpec
-from raylab.stages import FOLDER, Stage, read_info
+from raylab.stages import FOLDER, Stage, prune_stage, read_info
 from raylab.tables import list_trials, now, write_rows
 from raylab.tokens import Vocabulary, open_tokens, store_tokens
+from raylab.trial import set_threads
 
 
 def unseal_job(
@@ -57,6 +58,7 @@ def unseal_job(
             [f"unseal: {job.name} has no complete ranked trial of this job and data; run it to the end first"]
         )
     specs = [_spec(preparation, row) for row in trials]
+    set_threads(job.resources.cpus_per_worker)  # as when they ran: sums keep their order
     at, seeds = now(), sorted({row["seed"] for row in trials} & baselines)
     for trial_id in [
         *(row["trial_id"] for row in trials),
@@ -98,7 +100,7 @@ def score_test(
     for task in spec.settings.evaluate.tasks or corpus.tasks:
         sealed = split.sealed[task]
         sealed_tokens = store_tokens(results, sealed["text"], digest_column(sealed["text"]), tokenizer)
-        found = _score_task(spec, model, stage.stage_id, task, sealed, sealed_tokens)
+        found = _score_task(spec, model, name_weights(spec, stage.stage_id), task, sealed, sealed_tokens)
         common = {"rung": row["num_rungs"], "task": task, "split": "test"}
         for rows_of, new in zip((scores, confusions), found, strict=True):
             rows_of += [common | new_row for new_row in new]
@@ -138,6 +140,6 @@ def _score_task(
     judges = Rows(inputs.find(validation), rows["label"][validation])
     wanted = Rows(len(needed) + everything, to_array(sealed["label"]))
     found = score_draws(spec, lambda: model, task, draws, rows["label"], rows["group"], inputs, judges, wanted)
-    for state in states:
-        prune_states(results, state.stage_id)
+    for state, drop in zip(states, (STATES, ""), strict=False):  # of the sealed rows nothing stays but their tokens
+        prune_stage(results, state.stage_id, (drop,))
     return found

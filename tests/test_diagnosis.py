@@ -24,10 +24,13 @@ def write_job(folder: Path) -> None:
     (folder / "study" / "job.yaml").write_text("name: study\n")
 
 
-def write_trial(folder: Path, arm: str, x: np.ndarray | None, *, scores: dict, heldout: dict, seed: int = 0) -> None:
+def write_trial(
+    folder: Path, arm: str, x: np.ndarray | None, *, scores: dict, heldout: dict, seed: int = 0, phase: str = "fixed"
+) -> None:
     """A complete trial of one rung in the tables, with all metrics of x where there are embeddings."""
     trial_id = f"{arm}-{seed}"
-    row = {"arm": arm, "seed": seed, "phase": "fixed", "status": "complete", "rung": 1, "num_rungs": 1}
+    row = {"arm": arm, "seed": seed, "phase": phase, "status": "complete", "rung": 1, "num_rungs": 1}
+    row |= {"pretrain.objective": "none"} if arm == "random" else {"pretrain.objective": "mlm", "pretrain.rungs": 1}
     write_rows(folder, "study", "trials", trial_id, [row | {"started_at": now(), "updated_at": now()}])
     cell = {"rung": 1, "task": "kind", "split": "validation"}
     if x is not None:
@@ -85,6 +88,7 @@ def folder(tmp_path_factory):
     write_trial(folder, "poor", clustered, scores={8: 0.9, None: 0.39}, heldout=TRAINED, seed=1)
     write_trial(folder, "poor, untrained", clustered, scores={8: 0.9, None: 0.39}, heldout=UNTRAINED)
     write_trial(folder, "not scored", clustered, scores={}, heldout={})
+    write_trial(folder, "searched", clustered, scores={None: 0.39}, heldout=TRAINED, phase="search")
     return folder
 
 
@@ -94,13 +98,15 @@ def test_known_faults_are_found_and_nothing_else(folder, kind):
     assert rows.keys() == SIGNATURES.keys()
     found = {name for name, row in rows.items() if row["found"]}
     assert found == ({EXPECTED[kind]} - {None})
+    # Of the settings, the one in which the arms differ.
+    assert rows["collapse"]["settings"] == f"objective={'none' if kind == 'random' else 'mlm'}"
     assert rows["collapse"]["evidence"]["rankme_gaussian"] == pytest.approx(32, abs=1)
 
 
 def test_a_poor_probe_is_one_only_despite_training_and_at_the_most_shots(folder):
     rows = {row["arm"]: row for row in diagnose_job(folder, "study") if row["signature"].startswith("poor")}
     found = {arm for arm, row in rows.items() if row["found"]}
-    assert found == {"poor"}
+    assert found == {"poor", "searched"}  # also an arm that a search did not confirm
     evidence = rows["poor"]["evidence"]
     assert (evidence["f1_macro"], evidence["f1_macro_tfidf"], evidence["f1_macro_majority"]) == (0.39, 0.7, 0.1)
     assert rows["not scored"]["found"] is None

@@ -363,6 +363,22 @@ def test_depths_of_a_search_share_one_pass(make_spec, tmp_path):
     ]
 
 
+@pytest.mark.parametrize("start", ["pretrained", "config"])
+def test_an_encoder_that_no_seed_changes_embeds_all_rows_once(start, make_spec, encoder_folders, tmp_path):
+    changes = {**LIGHT, "pretrain": None, "pretrain.objective": "none", "evaluate.shots": [2, "full"]}
+    if start == "pretrained":
+        encoder = {"pretrained": str(encoder_folders["bert"]), "config": None, "tokenizer": None}
+        changes["encoder"] = encoder
+    specs = [make_spec("mlm", changes, folder=tmp_path, seed=seed) for seed in (0, 1)]
+    for spec in specs:
+        assert run_trial(spec)["status"] == "complete"
+    rows = [{row["kind"]: row for row in read_rows(tmp_path, spec.job, "stages", spec.trial_id)} for spec in specs]
+    for kind in ("embed", "activations"):
+        shared = rows[0][kind]["stage_id"] == rows[1][kind]["stage_id"]
+        assert shared == rows[1][kind]["reused"] == (start == "pretrained")
+    assert rows[0]["evaluate"]["stage_id"] != rows[1]["evaluate"]["stage_id"]  # the draws are other ones
+
+
 def test_large_states_are_pruned_at_once(make_spec, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "KEPT_BYTES", 1000)
     spec = make_spec("mlm", LIGHT, folder=tmp_path)

@@ -14,6 +14,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
+from raylab.card import write_card
 from raylab.encoder import embed, inspect_encoder, load_encoder
 from raylab.export import export_trial
 from raylab.mistakes import JobError
@@ -154,6 +155,32 @@ def test_the_card_says_what_made_it(finished, job, notes, tmp_path):
     assert "classes: " in card
     classes = pq.read_table(notes / "notes.parquet", columns=["severity"])["severity"].unique().to_pylist()
     assert all(name in card for name in classes if name is not None)
+
+
+def test_the_card_tells_the_luck_of_a_search_from_the_arms_score(finished, tmp_path):
+    """The seed on which an arm was chosen has no part in its interval; scores chosen on validation rows say so."""
+    row = find_arm(finished, "mlm")
+    encoder = find_last_rung(finished, "exported", row["trial_id"]) / "encoder"
+    for seed, phase in ((0, "search"), (1, "confirm")):
+        trial = f"{row['arm']}-{seed}"
+        kept = read_rows(finished, "exported", "trials", trial)
+        write_rows(tmp_path, "exported", "trials", trial, [kept[0] | {"phase": phase}])
+        write_rows(tmp_path, "exported", "scores", trial, read_rows(finished, "exported", "scores", trial))
+
+    def read_arm(seed, **changes):
+        [told] = read_rows(tmp_path, "exported", "trials", f"{row['arm']}-{seed}")
+        card = write_card(tmp_path, told | changes, encoder)
+        [cells] = [line.split(" | ") for line in card.splitlines() if line.startswith("| severity | 2 | all | ")]
+        return card, cells[4], cells[6], cells[7]
+
+    searched, _, of_search, seeds = read_arm(0)
+    confirmed, own, of_arm, _ = read_arm(1, **{"evaluate.selection": "validation"})
+    assert of_search == of_arm == f"{float(own):.3f}"
+    assert seeds == "1"
+    assert "one of a search" in searched
+    assert "one of a search" not in confirmed
+    assert "chosen on these validation rows" in confirmed
+    assert "chosen on these validation rows" not in searched
 
 
 def test_the_card_holds_no_text_and_no_path(finished, notes, tmp_path):

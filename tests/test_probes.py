@@ -19,9 +19,11 @@ from raylab.probes import (
     list_steps,
     list_strengths,
     minimise,
+    score_choice,
     split_shots,
     train_logistic,
 )
+from raylab.scores import compute_scores
 
 PROBES = ("logistic", "mlp")
 FIXED = {"seed": 0, "selection": "fixed"}
@@ -154,6 +156,17 @@ def test_cross_validation_takes_the_best_candidate_on_its_folds():
         "logistic", train_x, train_y, train_x, num_classes=2, seed=0, selection="cross_validation", groups=groups
     )
     assert np.allclose(probabilities, expected.predict_proba(train_x), atol=1e-6)
+
+
+@pytest.mark.parametrize("multi", [False, True])
+def test_candidates_are_judged_by_the_score_that_is_reported(multi):
+    """Also where a label that no row of a fold knows has a probability of 0.5, which is no prediction of it."""
+    rng = np.random.default_rng(2)
+    for _ in range(20):
+        labels = rng.integers(-1, 2, (30, 4)) if multi else rng.integers(0, 3, 30)
+        probabilities = rng.integers(0, 5, (30, 4)) / 4
+        scores = {row.metric: row.value for row in compute_scores(labels, probabilities) if row.label is None}
+        assert score_choice(labels, probabilities) == pytest.approx(scores["f1_macro"])
 
 
 @pytest.mark.parametrize("name", PROBES)

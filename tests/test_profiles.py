@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from raylab.chart import plot_profile
+from raylab.chart import GREYS, LINES, MARKERS, plot_profile
 from raylab.cli import main
 from raylab.encoder import load_encoder
 from raylab.mistakes import JobError
@@ -165,3 +165,15 @@ def test_the_chart_tells_series_apart_without_colour(rows, tmp_path):
     missing = [row | dict.fromkeys(("p50_ms", "p95_ms", "texts_per_s")) if row["batch"] == 3 else row for row in rows]
     plot_profile(missing, "tiny", tmp_path / "gap.png")
     assert (matplotlib.image.imread(tmp_path / "gap.png")[..., :3].mean(2) < 0.4).sum() < dark
+
+
+def test_a_chart_of_many_batches_is_whole_and_no_two_look_alike(rows, tmp_path):
+    device, precision = rows[0]["device"], rows[0]["precision"]
+    column = [row for row in rows if (row["device"], row["precision"], row["batch"]) == (device, precision, 1)]
+    many = [row | {"batch": 2**power} for power in range(8) for row in column]
+    plot_profile(many, "tiny", tmp_path / "chart.png")
+    image = matplotlib.image.imread(tmp_path / "chart.png")[..., :3].mean(2)
+    edges = np.concatenate([image[:, :4], image[:, -4:]], axis=1)
+    assert edges.min() > 0.9  # a legend that is too wide would be cut off here
+    looks = {tuple(style[number % len(style)] for style in (GREYS, MARKERS, LINES)) for number in range(28)}
+    assert len(looks) == 28

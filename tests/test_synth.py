@@ -15,6 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 
 from raylab import synth
+from raylab.language import build_language
 
 Columns = dict[str, list[str]]
 
@@ -193,7 +194,7 @@ def test_words_follow_a_law_like_zipf(clean: Columns) -> None:
 
 
 def test_phrases_are_predictable(clean: Columns) -> None:
-    language = synth._build_language(0)
+    language = build_language(0)
     row = language.first_row["phrase_a"]
     first = language.words[0, language.table[row, 0]].strip()
     second = language.words[0, language.table[language.first_row["phrase_b"], 0]].strip()

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from rich.console import Console
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -211,3 +212,23 @@ def test_more_rungs_asked_for_later_leave_the_last_encoder_the_last(job, make_jo
     assert unseal(two, tmp_path) == [trial]
     second = drop_times(read_rows(tmp_path, "rungs", "scores", trial, ".test"))
     assert [row | {"rung": 1} for row in second] == first
+
+
+def test_nothing_of_the_sealed_rows_is_kept_but_tokens_and_sums_keep_their_order(make_job, tmp_path):
+    """Nor does the number of cores of the machine that opens the split decide a digit."""
+    changes = {"evaluate.frozen_layers": ["1"], "evaluate.fine_tune": {"steps": 2, "hidden_size": 8}}
+    job = make_job("mlm", {"name": "deep", "pretrain": None, "pretrain.objective": "none", **changes})
+    run_here(job, tmp_path)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        unseal(job, tmp_path)
+        assert torch.get_num_threads() == job.resources.cpus_per_worker == 1
+    finally:
+        torch.set_num_threads(before)
+    num_sealed = len(prepare(job, tmp_path).split(0).sealed["severity"])
+    kept = [path for kind in ("activations", "embed") for path in (tmp_path / FOLDER).glob(f"{kind}-*")]
+    notes = {path: json.loads((path / "stage.json").read_text()) for path in kept}
+    [sealed] = [path for path, note in notes.items() if note["info"]["rows"] == num_sealed]
+    assert notes[sealed]["files"] == {}
+    assert [path.name for path in sealed.iterdir()] == ["stage.json"]
