@@ -184,7 +184,7 @@ def _trainer(
             return tuning
 
         if inputs.encoder is not None and steps[run.until] >= KEPT_STEPS:
-            return keep_cell(spec, depth, run, steps, inputs, go_on)
+            return keep_cell(spec, depth, run, steps, outputs, inputs, go_on)
         return go_on(None, steps[run.until]).finish()
 
     return lambda runs: [train_one(run) for run in runs]
@@ -201,6 +201,7 @@ def keep_cell(
     depth: str,
     run: Run,
     steps: list[int],
+    outputs: int,
     inputs: Inputs,
     go_on: Callable[[Stage | None, int], Tuning],
 ) -> Trained:
@@ -217,6 +218,7 @@ def keep_cell(
         "precision": spec.settings.evaluate.precision,
         "train": digest([inputs.rows[run.train].tolist(), run.labels.tolist()]),
         "eval": digest(inputs.rows[run.eval].tolist()),
+        "outputs": outputs,
         "steps": steps[: run.until + 1],
         "fine_tune": spec.settings.evaluate.fine_tune.model_dump(mode="json", exclude={"steps"}),
         "max_length": corpus.max_length,
