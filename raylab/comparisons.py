@@ -4,16 +4,17 @@ A claim needs the sign-flip test after Holm's correction and an interval without
 seeds (folds of one partition), an arm that suits those draws wins on every seed: then it must hold for others too.
 """
 
+import functools
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
+from scipy import optimize, stats
 
 from raylab.mistakes import JobError
-from raylab.variances import Mixed, fit_crossed, fit_nested
+from raylab.variances import Mixed, fit_crossed, fit_nested, vary_together
 
 Floats = npt.NDArray[np.float64]
 # An arm's values: seed -> draw -> value. Draws of one name are the same choice for both arms of a seed.
@@ -153,16 +154,18 @@ def estimate_seeds(difference: float, sd: float, num_comparisons: int = 1) -> in
     return least
 
 
+@functools.cache
+def _find_effect(num_seeds: int, num_comparisons: int) -> float:
+    """The effect, in SDs of the differences, at which so many seeds have 80 % power."""
+    alpha = ALPHA / max(1, num_comparisons)
+    return float(optimize.brentq(lambda effect: compute_power(effect, num_seeds, alpha) - POWER, 0.0, 100.0, xtol=1e-8))
+
+
 def compute_detectable(sd: float, num_seeds: int, num_comparisons: int = 1) -> float:
     """The difference that so many seeds would show with 80 % power at such an SD; NaN where they can show none."""
-    alpha = ALPHA / max(1, num_comparisons)
     if num_seeds < count_least_seeds(num_comparisons) or math.isnan(sd):
         return math.nan
-    low, high = 0.0, 100.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (low, middle) if compute_power(middle, num_seeds, alpha) >= POWER else (middle, high)
-    return high * sd
+    return _find_effect(num_seeds, num_comparisons) * sd
 
 
 def compare_arms(
@@ -175,7 +178,8 @@ def compare_arms(
 ) -> list[Comparison]:
     """Each pair of arms compared; Holm over the pairs, or over a family of `num_comparisons` that holds them.
 
-    `draws`: nested in seeds, as those of raylab, or shared between them where they have the same names. Raises
+    `draws`: nested in seeds, as those of raylab, or shared between them where they have the same names; nested ones
+    that yet go the same way on all seeds are taken as shared. Raises
     JobError where two arms share no seed.
     """
     apart = [f"{a} and {b} share no seed and draw; compare arms that ran on the same seeds"
@@ -209,7 +213,7 @@ def _compare(a: str, b: str, rows: Scores, family: int, mode: str, draws: str) -
     sd = float(seeds.std(ddof=1)) if num > 1 else math.nan
     p, exact = flip_signs(seeds)
     low, high, interval = compute_bounds(seeds)
-    crossed = fit_crossed(rows) if draws == "shared" else None
+    crossed = fit_crossed(rows) if draws == "shared" or vary_together(rows) else None
     mixed = crossed or fit_nested([list(values.values()) for values in rows.values()])
     if crossed is not None and crossed.high - crossed.low > high - low:
         low, high, interval = crossed.low, crossed.high, "t over seeds and draws"

@@ -59,22 +59,32 @@ def fit_nested(groups: Sequence[Sequence[float]]) -> Mixed | None:
     return _conclude(mean, error, len(sizes) - 1, math.sqrt(ratio * variance), math.sqrt(variance))
 
 
+def vary_together(rows: Mapping[Hashable, Mapping[Hashable, float]]) -> bool:
+    """Whether draws of one name go the same way on all seeds, by an F-test at 0.05 of draws against the rest.
+
+    Draws that each seed makes anew don't: the guard against names that mean the same draw after all.
+    """
+    found = _split_squares(rows)
+    if found is None:
+        return False
+    _, (_, num_seeds, num_draws), (_, of_draws, of_rest) = found
+    df = (num_draws - 1, (num_seeds - 1) * (num_draws - 1))
+    if of_rest == 0:
+        return of_draws > 0
+    return float(stats.f.sf(of_draws / of_rest, *df)) < 0.05
+
+
 def fit_crossed(rows: Mapping[Hashable, Mapping[Hashable, float]]) -> Mixed | None:
     """y = mean + seed + draw + rest, of draws that all seeds share: the mean for other seeds and other draws.
 
     From mean squares, with Satterthwaite's df. Only draws of every seed count, where there are two of them; None
     otherwise, or with one seed. Never narrower than seeds alone or draws alone would have it.
     """
-    names = [draw for draw in next(iter(rows.values())) if all(draw in values for values in rows.values())]
-    if len(rows) < 2 or len(names) < 2:
+    found = _split_squares(rows)
+    if found is None:
         return None
-    table = np.array([[values[name] for name in names] for values in rows.values()])
-    num_seeds, num_draws = table.shape
-    mean, seeds, draws = float(table.mean()), table.mean(1), table.mean(0)
-    of_seeds = num_draws * float(seeds.var(ddof=1))
-    of_draws = num_seeds * float(draws.var(ddof=1))
+    mean, (size, num_seeds, num_draws), (of_seeds, of_draws, of_rest) = found
     df_rest = (num_seeds - 1) * (num_draws - 1)
-    of_rest = float(np.square(table - seeds[:, None] - draws + mean).sum()) / df_rest
     squares = max(of_seeds + of_draws - of_rest, of_seeds, of_draws)
     if squares == 0:
         return _conclude(mean, 0.0, num_seeds - 1, 0.0, 0.0)
@@ -84,4 +94,19 @@ def fit_crossed(rows: Mapping[Hashable, Mapping[Hashable, float]]) -> Mixed | No
     else:
         df = num_seeds - 1 if of_seeds >= of_draws else num_draws - 1
     sds = (math.sqrt(max(0.0, of_seeds - of_rest) / num_draws), math.sqrt(max(0.0, of_draws - of_rest) / num_seeds))
-    return _conclude(mean, math.sqrt(squares / table.size), df, *sds)
+    return _conclude(mean, math.sqrt(squares / size), df, *sds)
+
+
+def _split_squares(
+    rows: Mapping[Hashable, Mapping[Hashable, float]],
+) -> tuple[float, tuple[int, int, int], tuple[float, float, float]] | None:
+    """Mean; values, seeds and draws; mean squares of seeds, draws and the rest, over the draws that every seed has."""
+    names = [draw for draw in next(iter(rows.values())) if all(draw in values for values in rows.values())]
+    if len(rows) < 2 or len(names) < 2:
+        return None
+    table = np.array([[values[name] for name in names] for values in rows.values()])
+    num_seeds, num_draws = table.shape
+    mean, seeds, draws = float(table.mean()), table.mean(1), table.mean(0)
+    rest = np.square(table - seeds[:, None] - draws + mean).sum() / ((num_seeds - 1) * (num_draws - 1))
+    squares = (num_draws * float(seeds.var(ddof=1)), num_seeds * float(draws.var(ddof=1)), float(rest))
+    return mean, (table.size, num_seeds, num_draws), squares
