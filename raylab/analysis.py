@@ -23,7 +23,7 @@ from raylab.specs import Job, Target
 from raylab.tables import list_trials, plain_value, read_trial
 from raylab.verdicts import EXPLORATORY, PRIMARY, Role, Verdict, tell_comparison
 
-ArmScores = dict[str, dict[int, dict[int, float]]]
+ArmScores = dict[str, dict[Any, dict[Any, float]]]
 
 
 class Arms(NamedTuple):
@@ -281,7 +281,7 @@ def measure_gap(results: Path, job: Job, target: Target | None = None) -> Gap | 
     ]
     shared = sorted(means[0].keys() & means[1].keys())
     opened = open_tables(results, "unseals", job.name).execute(
-        "select count(distinct at) from unseals where job = ?", [job.name]
+        'select count(distinct "at") from unseals where job = ?', [job.name]
     ).fetchone()  # fmt: skip
     return Gap(
         best.arm, arms.labels[best.arm], best.value,

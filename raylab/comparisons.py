@@ -6,8 +6,8 @@ seeds (folds of one partition), an arm that suits those draws wins on every seed
 
 import functools
 import math
-from collections.abc import Hashable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ from raylab.variances import Mixed, fit_crossed, fit_nested, vary_together
 
 Floats = npt.NDArray[np.float64]
 # An arm's values: seed -> draw -> value. Draws of one name are the same choice for both arms of a seed.
-Scores = Mapping[Hashable, Mapping[Hashable, float]]
+Scores = Mapping[Any, Mapping[Any, float]]
 
 ALPHA = 0.05
 CONFIDENCE = 1 - ALPHA
@@ -58,7 +58,7 @@ class Comparison(NamedTuple):
     detectable: float
 
 
-def pair_draws(a: Scores, b: Scores) -> dict[Hashable, dict[Hashable, float]]:
+def pair_draws(a: Scores, b: Scores) -> dict[Any, dict[Any, float]]:
     """Seed -> draw -> a minus b, of the draws that both arms have on a seed; seeds without one are left out."""
     paired = {
         seed: {draw: a[seed][draw] - b[seed][draw] for draw in a[seed] if draw in b[seed]} for seed in a if seed in b

@@ -79,7 +79,7 @@ def correlate_scopes(x: Sequence[float], y: Sequence[float], objectives: Sequenc
     ]
     return [
         whole._replace(verdict="; ".join([whole.verdict, *_find_breaks(whole, inner, single)])),
-        inner, *single, correlate_arms(*means, BETWEEN),
+        inner, *single, correlate_arms(means[0], means[1], BETWEEN),
     ]  # fmt: skip
 
 

@@ -76,7 +76,7 @@ def compute_importances(job: Job, found: Sequence[tuple[Values, float]], *, mode
         parts.setdefault(frozenset(values), []).append((values, value))
     rows: list[Importance] = []
     for method in METHODS:
-        everyone = [("", list(found), None)]
+        everyone: list[tuple[str, Sequence[tuple[Values, float]], frozenset[str] | None]] = [("", found, None)]
         if method == "fANOVA" and len(parts) > 1:
             common = frozenset.intersection(*parts)
             everyone += [(_name_part(job, parts, part), members, part - common) for part, members in parts.items()]

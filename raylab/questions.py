@@ -113,8 +113,9 @@ def _compare_job(source: str, arms: list[str], results: str, at: str | None, spl
     if len(arms) not in (0, 2):
         raise JobError([f"compare: {len(arms)} arms are named; name two, or none for what the job declares"])
     target = _read_target(job, at) if at else default_target(job)
+    notes: list[str] = []
     if arms:
-        verdicts, notes = [compare_named(folder, job, (arms[0], arms[1]), target, split)], []
+        verdicts = [compare_named(folder, job, (arms[0], arms[1]), target, split)]
     else:
         verdicts, notes = analyse_job(folder, job, target, split)
     told = tell_verdicts(verdicts)

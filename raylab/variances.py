@@ -1,8 +1,8 @@
 """Mixed models of paired differences: a mean, and how much of their spread comes from seeds and how much from draws."""
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import optimize, stats
@@ -59,7 +59,7 @@ def fit_nested(groups: Sequence[Sequence[float]]) -> Mixed | None:
     return _conclude(mean, error, len(sizes) - 1, math.sqrt(ratio * variance), math.sqrt(variance))
 
 
-def vary_together(rows: Mapping[Hashable, Mapping[Hashable, float]]) -> bool:
+def vary_together(rows: Mapping[Any, Mapping[Any, float]]) -> bool:
     """Whether draws of one name go the same way on all seeds, by an F-test at 0.05 of draws against the rest.
 
     Draws that each seed makes anew don't: the guard against names that mean the same draw after all.
@@ -74,7 +74,7 @@ def vary_together(rows: Mapping[Hashable, Mapping[Hashable, float]]) -> bool:
     return float(stats.f.sf(of_draws / of_rest, *df)) < 0.05
 
 
-def fit_crossed(rows: Mapping[Hashable, Mapping[Hashable, float]]) -> Mixed | None:
+def fit_crossed(rows: Mapping[Any, Mapping[Any, float]]) -> Mixed | None:
     """y = mean + seed + draw + rest, of draws that all seeds share: the mean for other seeds and other draws.
 
     From mean squares, with Satterthwaite's df. Only draws of every seed count, where there are two of them; None
@@ -98,7 +98,7 @@ def fit_crossed(rows: Mapping[Hashable, Mapping[Hashable, float]]) -> Mixed | No
 
 
 def _split_squares(
-    rows: Mapping[Hashable, Mapping[Hashable, float]],
+    rows: Mapping[Any, Mapping[Any, float]],
 ) -> tuple[float, tuple[int, int, int], tuple[float, float, float]] | None:
     """Mean; values, seeds and draws; mean squares of seeds, draws and the rest, over the draws that every seed has."""
     names = [draw for draw in next(iter(rows.values())) if all(draw in values for values in rows.values())]
