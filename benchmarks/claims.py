@@ -5,12 +5,11 @@ each world a sweep claims something where any comparison of its family names a b
 
 pair: two arms. draws: they differ by seed (SD 0.7) and by draw (SD 1.5), each seed with draws of its own, as
 in raylab's jobs. folds: the same, but the draws are the same for every seed, as folds are, and said to be: the arm that
-suits these folds wins on every seed. common: the same, and not said. base and pairs: families of ten arms. search: TPE
+suits these folds wins on every seed. common: the same, and not said. base: nine arms against the base arm. search: TPE
 asks for 64 arms of pure noise, the best five are confirmed with the base arm on nine fresh seeds.
 """
 
 import argparse
-import itertools
 import json
 import tempfile
 from collections.abc import Callable
@@ -82,11 +81,6 @@ def run_base(rng: np.random.Generator) -> list[Comparison]:
     return compare(arms, [(arm, "arm0") for arm in arms if arm != "arm0"])
 
 
-def run_pairs(rng: np.random.Generator) -> list[Comparison]:
-    arms = make_arms(rng, 10)
-    return compare(arms, list(itertools.combinations(arms, 2)))
-
-
 def run_search(rng: np.random.Generator, num_arms: int = 64, folder: Path | None = None) -> list[Comparison]:
     """A whole search on noise: every value of an arm on a seed is that of chance."""
     search = {
@@ -128,7 +122,6 @@ WORLDS: dict[str, Callable[[np.random.Generator], list[Comparison]]] = {
     "folds": run_folds,
     "common": run_common,
     "base": run_base,
-    "pairs": run_pairs,
     "search": run_search,
 }
 

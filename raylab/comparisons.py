@@ -134,17 +134,16 @@ def compute_power(effect: float, num_seeds: int, alpha: float) -> float:
     The noncentral t, integrated over the observed SD: SciPy's is NaN where the power nears 1.
     """
     df, shift = num_seeds - 1, abs(effect) * math.sqrt(num_seeds)
-    places, weights = _list_nodes()
-    # Each place is a quantile of the observed SD, of one that is 1.
-    critical = float(stats.t.ppf(1 - alpha / 2, df)) * np.sqrt(special.chdtri(df, 1 - places) / df)
+    spreads, weights = _list_spreads(df)
+    critical = float(special.stdtrit(df, 1 - alpha / 2)) * spreads
     return float(weights @ (special.ndtr(shift - critical) + special.ndtr(-shift - critical)))
 
 
-@functools.cache
-def _list_nodes() -> tuple[Floats, Floats]:
-    """Gauss-Legendre nodes between 0 and 1, and their weights."""
+@functools.lru_cache(4096)
+def _list_spreads(df: int) -> tuple[Floats, Floats]:
+    """Quantiles of the observed SD, of one that is 1, at Gauss-Legendre nodes of their probability; and the weights."""
     nodes, weights = np.polynomial.legendre.leggauss(200)
-    return (nodes + 1) / 2, weights / 2
+    return np.sqrt(special.chdtri(df, (1 - nodes) / 2) / df), weights / 2
 
 
 def estimate_seeds(difference: float, sd: float, num_comparisons: int = 1) -> int | None:

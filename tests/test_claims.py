@@ -26,9 +26,9 @@ def test_at_most_one_sweep_in_twenty_claims_something(claims, world):
 
 
 def test_seeds_as_the_unit_would_claim_falsely_where_folds_are_shared(claims):
-    """What the world of folds guards against: the test of seeds alone rejects in most sweeps."""
+    """What the world of folds guards against: the test of seeds alone rejects in far more than 5 %."""
     rows = [claims.run_folds(np.random.default_rng(case))[0] for case in range(100)]
-    assert np.mean([row.p <= 0.05 for row in rows]) > 0.5
+    assert np.mean([row.p <= 0.05 for row in rows]) > 0.25
     assert np.mean([row.better is not None for row in rows]) <= 0.1
 
 

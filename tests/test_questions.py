@@ -86,7 +86,7 @@ def test_draws_of_one_name_are_taken_as_shared_unless_said(tmp_path, capsys):
     ("arguments", "problem"),
     [
         (["missing.csv"], "missing.csv: is not there; correct the path"),
-        (["TABLE", "--arm", "modle"], "--arm modle: no such column; did you mean 'model'?"),
+        (["TABLE", *COLUMNS[2:], "--arm", "modle"], "--arm modle: no such column; did you mean 'model'?"),
         (["TABLE", *COLUMNS], "rows repeat the arm and seed of another; name what sets them apart with --draw"),
         (["TABLE", "a", "z", *COLUMNS, "--draw", "fold"], "'z': no such arm; there are a, b"),
         (["TABLE", "a", *COLUMNS, "--draw", "fold"], "two arms are needed, there is a"),
@@ -129,21 +129,21 @@ def test_a_table_is_compared_without_what_trains_and_searches(table):
 @pytest.fixture(scope="module")
 def swept(make_job, tmp_path_factory):
     """A results folder with a whole small sweep, run in this process: a grid over objectives on two seeds."""
+    from rich.console import Console
+
+    from raylab.jobs import dump_yaml
     from raylab.progress import SweepProgress
     from raylab.sweep import run_job
 
-    return run_tiny(make_job, tmp_path_factory.mktemp("swept"), run_job, SweepProgress)
-
-
-def run_tiny(make_job, folder, run_job, progress):
-    job = make_job(
-        "declutr",
-        {
-            "search": {"design": "grid", "space": {"pretrain.objective": ["none", "mlm", "declutr"]}, "seeds": [0, 1]},
-            "analysis": {"primary": "objective=declutr vs objective=none"},
-        },
-    )
-    run_job(job, folder, None, progress=progress())
+    folder = tmp_path_factory.mktemp("swept")
+    space = {"pretrain.objective": ["none", "mlm", "declutr"]}
+    changes = {
+        "search": {"design": "grid", "space": space, "seeds": [0, 1]},
+        "analysis": {"primary": "objective=declutr vs objective=none"},
+    }
+    job = make_job("declutr", changes)
+    run_job(job, folder, SweepProgress(Console(quiet=True)), here=True)
+    (folder / job.name / "job.yaml").write_text(dump_yaml(job))
     return folder
 
 
