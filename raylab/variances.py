@@ -77,7 +77,7 @@ def vary_together(rows: Mapping[Any, Mapping[Any, float]]) -> bool:
 def fit_crossed(rows: Mapping[Any, Mapping[Any, float]]) -> Mixed | None:
     """y = mean + seed + draw + rest, of draws that all seeds share: the mean for other seeds and other draws.
 
-    From mean squares, with Satterthwaite's df. Only draws of every seed count, where there are two of them; None
+    From mean squares, with Satterthwaite's df at most. Only draws of every seed count, where there are two of them; None
     otherwise, or with one seed. Never narrower than seeds alone or draws alone would have it.
     """
     found = _split_squares(rows)
@@ -88,11 +88,9 @@ def fit_crossed(rows: Mapping[Any, Mapping[Any, float]]) -> Mixed | None:
     squares = max(of_seeds + of_draws - of_rest, of_seeds, of_draws)
     if squares == 0:
         return _conclude(mean, 0.0, num_seeds - 1, 0.0, 0.0)
-    if squares > max(of_seeds, of_draws):
-        parts = ((of_seeds, num_seeds - 1), (of_draws, num_draws - 1), (of_rest, df_rest))
-        df = squares**2 / sum(square**2 / df for square, df in parts)
-    else:
-        df = num_seeds - 1 if of_seeds >= of_draws else num_draws - 1
+    parts = ((of_seeds, num_seeds - 1), (of_draws, num_draws - 1), (of_rest, df_rest))
+    # With few draws Satterthwaite's df alone would claim too often: never more than the larger part has.
+    df = min(squares**2 / sum(square**2 / part for square, part in parts), max(parts[:2])[1])
     sds = (math.sqrt(max(0.0, of_seeds - of_rest) / num_draws), math.sqrt(max(0.0, of_draws - of_rest) / num_seeds))
     return _conclude(mean, math.sqrt(squares / size), df, *sds)
 

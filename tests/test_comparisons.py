@@ -207,8 +207,11 @@ def test_crossed_seeds_and_draws_are_those_of_an_analysis_of_variance(case):
     seeds, draws, rest = (squares[name] for name in ("C(s)", "C(d)", "Residual"))
     total = seeds + draws - rest
     freedom = total**2 / sum(squares[name] ** 2 / df[name] for name in squares.index)
-    if total < max(seeds, draws):
-        total, freedom = max((seeds, df["C(s)"]), (draws, df["C(d)"]))
+    larger = max((seeds, df["C(s)"]), (draws, df["C(d)"]))
+    if total < larger[0]:
+        total = larger[0]
+        freedom = total**2 / sum(squares[name] ** 2 / df[name] for name in squares.index)
+    freedom = min(freedom, larger[1])
     half = stats.t.ppf(0.975, freedom) * math.sqrt(total / len(frame))
     found = fit_crossed(rows)
     assert (found.mean, found.low, found.high) == pytest.approx(
