@@ -77,8 +77,8 @@ def vary_together(rows: Mapping[Any, Mapping[Any, float]]) -> bool:
 def fit_crossed(rows: Mapping[Any, Mapping[Any, float]]) -> Mixed | None:
     """y = mean + seed + draw + rest, of draws that all seeds share: the mean for other seeds and other draws.
 
-    From mean squares, with Satterthwaite's df at most. Only draws of every seed count, where there are two of them; None
-    otherwise, or with one seed. Never narrower than seeds alone or draws alone would have it.
+    From mean squares, with Satterthwaite's df at most. Only draws of every seed count, where there are two of them;
+    None otherwise, or with one seed. Never narrower than seeds alone or draws alone would have it.
     """
     found = _split_squares(rows)
     if found is None:

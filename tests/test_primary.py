@@ -6,7 +6,7 @@ from raylab.baselines import BASELINES as KNOWN
 from raylab.jobs import check_job, dump_yaml, load_job
 from raylab.mistakes import JobError
 from raylab.primary import BASELINES, read_primary
-from raylab.settings import dump_job, resolve_target
+from raylab.settings import dump_job, list_settings, resolve_target
 from raylab.specs import Job
 
 SPACE = {"pretrain.objective": ["none", "mlm", "declutr"]}
@@ -130,6 +130,7 @@ def test_the_declaration_is_kept_with_the_job_and_is_no_setting(make, tmp_path):
     (tmp_path / "job.yaml").write_text(dump_yaml(job))
     assert load_job(tmp_path / "job.yaml").analysis == job.analysis
     assert check_job(dump_job(job)) == job
+    assert list_settings(job) == list_settings(make(None))
     assert "family" in Job.model_json_schema()["$defs"]["Analysis"]["properties"]
 
 
