@@ -219,7 +219,9 @@ def analyse_job(
             family = [other for other in family if set(other) != set(pair)]
         except JobError as error:
             notes += [f"primary comparison: {problem}" for problem in error.problems]
-    elif declared is None:
+    elif declared is not None:
+        notes.append("the declared comparison is of another cell, or of validation: all of these are exploratory")
+    else:
         notes.append("no primary comparison was declared (analysis.primary): all of these are exploratory")
     apart = [pair for pair in family if not pair_draws(scores[pair[0]], scores[pair[1]])]
     if apart:

@@ -227,6 +227,8 @@ def _compare(a: str, b: str, rows: Scores, family: int, mode: str, draws: str) -
     if crossed is not None and crossed.high - crossed.low > high - low:
         low, high, interval = crossed.low, crossed.high, "t over seeds and draws"
         mean = crossed.mean
+    # Where the draws are in doubt, more seeds of the same draws would not decide it.
+    of_draws = crossed is not None and crossed.p > ALPHA >= p
     return Comparison(
         a=a, b=b, num_seeds=num, num_draws=max(len(values) for values in rows.values()), difference=mean, low=low,
         high=high, interval=interval, sd=sd, p=p if num > 1 else math.nan,
@@ -234,7 +236,8 @@ def _compare(a: str, b: str, rows: Scores, family: int, mode: str, draws: str) -
         test="sign-flip, exact" if exact else "sign-flip, sampled",
         superiority=compute_superiority(seeds if mode == "max" else -seeds), mixed=mixed, better=None,
         smallest_p=find_smallest_p(num), seeds_at_least=count_least_seeds(family),
-        seeds_needed=estimate_seeds(mean, sd, family), detectable=compute_detectable(sd, num, family),
+        seeds_needed=None if of_draws else estimate_seeds(mean, sd, family),
+        detectable=math.nan if of_draws else compute_detectable(sd, num, family),
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from raylab.analysis import (
 from raylab.comparisons import compare_arms, count_least_seeds
 from raylab.mistakes import JobError
 from raylab.plan import plan_comparisons
+from raylab.primary import read_cell_target
 from raylab.settings import list_settings, resolve_target, with_settings
 from raylab.tables import now, write_rows
 from raylab.verdicts import EXPLORATORY, PRIMARY, tell_verdicts
@@ -220,3 +221,16 @@ def test_plan_counts_the_seeds_of_a_confirmation(make_job):
     lonely = lonely.model_copy(update={"search": lonely.search.model_copy(update={"confirm": None})})
     [warning] = plan_comparisons(lonely)["warnings"]
     assert "search.confirm is not set" in warning
+
+
+def test_in_another_cell_than_the_declared_all_is_exploratory(objectives, write, tmp_path):
+    job = objectives(2, {"primary": "objective=declutr vs objective=mlm"})
+    for name in NAMES:
+        for seed in (0, 1):
+            rows = [{**CELL, "metric": "accuracy", "rung": 1, "split": "validation", "draw": 0, "value": 0.5 + seed}]
+            write_rows(tmp_path, job.name, "scores", f"{name}-{seed}", rows)
+    verdicts, [note] = analyse_job(tmp_path, job, read_cell_target(job, {"metric": "accuracy"}))
+    assert {verdict.role for verdict in verdicts} == {EXPLORATORY}
+    assert note.startswith("the declared comparison is of another cell")
+    with pytest.raises(JobError, match="no ranked arm of tiny has a value of test at task=severity"):
+        analyse_job(tmp_path, job, split="test")

@@ -254,6 +254,7 @@ def test_an_arm_that_suits_the_shared_draws_has_shown_nothing_for_others():
         [row] = compare_arms({"a": a, "b": b}, [("a", "b")], draws=draws)
         assert row.p < 0.01
         assert row.p_draws > 0.05
+        assert row.seeds_needed is None
         assert row.better is None
         assert row.low < 0 < row.high
     # The same draws, each seed's own: in another order on each.
