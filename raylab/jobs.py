@@ -1,5 +1,6 @@
 """Job files: YAML to a checked `Job`, with every mistake in one go."""
 
+import contextlib
 import difflib
 import json
 import re
@@ -16,7 +17,7 @@ from raylab.designs import check_design
 from raylab.explanations import explain, inner_types
 from raylab.mistakes import JobError
 from raylab.paths import resolve_encoder, resolve_paths
-from raylab.primary import read_primary
+from raylab.primary import read_cell_target, read_primary, split_pairs, split_sides
 from raylab.settings import (
     ARM_BLOCKS,
     LOSS_BLOCKS,
@@ -354,11 +355,15 @@ def _check_primary(job: Job) -> list[str]:
     """What is wrong with the comparison that the job declares."""
     if job.analysis.primary is None:
         return []
+    where, problems = "analysis.primary", []
     try:
-        declared = read_primary(job, job.analysis.primary)
+        read_primary(job, job.analysis.primary)
     except JobError as error:
-        return [f"analysis.primary: {problem}" for problem in error.problems]
-    return check_target(job, declared.target, "analysis.primary")
+        problems = [f"{where}: {problem}" for problem in error.problems]
+    with contextlib.suppress(JobError):  # told above
+        _, _, at = split_sides(job.analysis.primary)
+        problems += check_target(job, read_cell_target(job, split_pairs(at) if at else {}), where)
+    return problems
 
 
 def _check_blocks(job: Job, own: dict[str, Any]) -> list[str]:

@@ -111,6 +111,7 @@ def test_a_wrong_declaration_is_refused_with_the_nearest_name(make, text, proble
 
 def test_all_mistakes_are_told_at_once(make):
     assert len(refuse(make, "objectiv=mlm vs objective=nun at shot=2")) == 3
+    assert len(refuse(make, "objectiv=mlm vs objective=nun at shots=3, task=severe")) == 4
 
 
 def test_a_search_takes_values_of_its_space_and_its_winner(make):
