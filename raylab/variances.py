@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import optimize, stats
 
+# Low, as draws that are each seed's own would lose power by it.
+SHARED_BELOW = 0.001
+
 
 class Mixed(NamedTuple):
     """A mean difference with its 95 % t interval and p, and the SDs of what seeds and draws add to it."""
@@ -60,7 +63,7 @@ def fit_nested(groups: Sequence[Sequence[float]]) -> Mixed | None:
 
 
 def vary_together(rows: Mapping[Any, Mapping[Any, float]]) -> bool:
-    """Whether draws of one name go the same way on all seeds, by an F-test at 0.05 of draws against the rest.
+    """Whether draws of one name go the same way on all seeds, by an F-test at 0.001 of draws against the rest.
 
     Draws that each seed makes anew don't: the guard against names that mean the same draw after all.
     """
@@ -71,7 +74,7 @@ def vary_together(rows: Mapping[Any, Mapping[Any, float]]) -> bool:
     df = (num_draws - 1, (num_seeds - 1) * (num_draws - 1))
     if of_rest == 0:
         return of_draws > 0
-    return float(stats.f.sf(of_draws / of_rest, *df)) < 0.05
+    return float(stats.f.sf(of_draws / of_rest, *df)) < SHARED_BELOW
 
 
 def fit_crossed(rows: Mapping[Any, Mapping[Any, float]]) -> Mixed | None:

@@ -218,7 +218,7 @@ def test_crossed_seeds_and_draws_are_those_of_an_analysis_of_variance(case):
         (frame.y.mean(), frame.y.mean() - half, frame.y.mean() + half)
     )
     assert found.p == pytest.approx(2 * stats.t.sf(abs(frame.y.mean()) / math.sqrt(total / len(frame)), freedom))
-    assert vary_together(rows) == (table.loc["C(d)", "PR(>F)"] < 0.05)
+    assert vary_together(rows) == (table.loc["C(d)", "PR(>F)"] < 0.001)
 
 
 def test_only_shared_seeds_and_draws_count_and_draws_are_averaged():
