@@ -1,4 +1,4 @@
-"""The `raylab` command, and the commands about jobs; those about encoders stand in `encoders`.
+"""The `raylab` command, and the commands about jobs; `encoders` has those about encoders, `questions` the statistics.
 
 Each imports what it needs when it runs, so that `status` and `query` stay quick.
 """
@@ -29,6 +29,7 @@ from raylab.options import (
     read_overrides,
 )
 from raylab.output import Format, messages, output, print_rows, tell_submitted
+from raylab.questions import compare, correlate, effects
 
 app = typer.Typer(
     add_completion=False,
@@ -228,6 +229,9 @@ app.command()(unseal)
 app.command()(export)
 app.command()(profile)
 app.command()(evaluate)
+app.command()(compare)
+app.command()(effects)
+app.command()(correlate)
 
 
 @app.command()

@@ -36,16 +36,19 @@ def name_arm(
     settings that cut texts; the encoder by the digest of its weights; evaluation lists only where they are searched.
     """
     counted = {"data": data_digest, "encoder": encoder_digest}
-    for name, value in settings.items():
-        block, _, rest = name.partition(".")
-        if (
-            name in ("corpus.max_length", "corpus.long_documents")
-            or (block == "pretrain" and rest != "rungs")
-            or (block == "encoder" and rest not in ("pretrained", "revision", "trial"))
-            or (block == "evaluate" and (rest.startswith(("fine_tune.", "selection", "precision")) or name in searched))
-        ):
-            counted[name] = value
+    counted |= {name: value for name, value in settings.items() if decides_arm(name, searched)}
     return digest({name: value for name, value in counted.items() if value is not None}, length=12)
+
+
+def decides_arm(name: str, searched: Collection[str] = ()) -> bool:
+    """Whether a setting counts by its value in the name of an arm: the corpus and the weights do by their digests."""
+    block, _, rest = name.partition(".")
+    return (
+        name in ("corpus.max_length", "corpus.long_documents")
+        or (block == "pretrain" and rest != "rungs")
+        or (block == "encoder" and rest not in ("pretrained", "revision", "trial"))
+        or (block == "evaluate" and (rest.startswith(("fine_tune.", "selection", "precision")) or name in searched))
+    )
 
 
 def name_trial(arm: str, seed: int) -> str:

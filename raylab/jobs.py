@@ -1,5 +1,6 @@
 """Job files: YAML to a checked `Job`, with every mistake in one go."""
 
+import contextlib
 import difflib
 import json
 import re
@@ -16,6 +17,7 @@ from raylab.designs import check_design
 from raylab.explanations import explain, inner_types
 from raylab.mistakes import JobError
 from raylab.paths import resolve_encoder, resolve_paths
+from raylab.primary import read_cell_target, read_primary, split_pairs, split_sides
 from raylab.settings import (
     ARM_BLOCKS,
     LOSS_BLOCKS,
@@ -32,7 +34,7 @@ from raylab.settings import (
     possible_values,
     resolve_target,
 )
-from raylab.specs import ADAPTIVE, Choices, Job, Range
+from raylab.specs import ADAPTIVE, Choices, Job, Range, Target
 
 
 class _Loader(yaml.SafeLoader):
@@ -189,10 +191,11 @@ def check_job(raw: dict[str, Any], own: dict[str, Any] | None = None) -> Job:
         job = Job.model_validate_json(json.dumps(raw))
     except ValidationError as error:
         raise JobError(explain(error)) from None
-    wrong = _check_space(job)
+    wrong = _check_space(job) or check_design(job)
     problems = [
-        *(wrong or check_design(job)),
+        *wrong,
         *_check_references(job),
+        *([] if wrong else _check_primary(job)),
         *_check_blocks(job, own or {}),
         *check_settings(job),
     ]
@@ -286,58 +289,80 @@ def _check_references(job: Job) -> list[str]:
     problems: list[str] = []
     tasks = list(job.corpus.tasks)
 
-    def near(value: str, names: typing.Sequence[str]) -> str:
-        match = [] if value.isdigit() else difflib.get_close_matches(value, names, n=1)
-        return f"did you mean '{match[0]}'?" if match else f"valid: {', '.join(map(str, names))}"
-
     for task in sorted(possible_values(job, "evaluate.tasks") - {None}):
         if task not in tasks:
-            problems.append(f"evaluate.tasks: '{task}' is not in corpus.tasks; {near(task, tasks)}")
+            problems.append(f"evaluate.tasks: '{task}' is not in corpus.tasks; {_near(task, tasks)}")
     if "documents" in tasks:
         problems.append("corpus.tasks.documents: this name is taken by the documents; rename the task")
-    evaluated = list(job.evaluate.tasks or tasks)
-    possible = {name: possible_values(job, f"evaluate.{name}") for name in ("shots", "frozen_layers", "probes")}
     for index, target in enumerate(job.search.targets):
-        where = f"search.targets.{index}"
-        if target.task not in evaluated:
-            problems.append(f"{where}.task: '{target.task}' is not evaluated; {near(target.task, evaluated)}")
-        if target.table == "geometry":
-            if {"shots", "probe", "frozen_layers", "class_name"} & target.model_fields_set:
-                problems.append(f"{where}: geometry has no shots, probe, frozen_layers or class; leave them out")
-            if target.metric not in DEFINITIONS:
-                problems.append(
-                    f"{where}.metric: '{target.metric}' is not measured; {near(target.metric, list(DEFINITIONS))}"
-                )
-            elif not list_parameters(job, target.metric):
-                setting = f"evaluate.geometry.{DEFINITIONS[target.metric].parameter}"
-                problems.append(f"{where}.metric: '{target.metric}' is not measured; {setting} is empty, add to it")
-            elif (at := list_parameters(job, target.metric)) and target.parameter not in (None, *at):
-                listed = ", ".join(f"{value:g}" for value in at if value is not None)
-                fix = f"measured at: {listed}" if listed else f"{target.metric} has none; leave it out"
-                problems.append(f"{where}.parameter: {target.parameter:g} is not measured; {fix}")
-            continue
-        if target.metric not in SCORE_METRICS:
-            problems.append(f"{where}.metric: '{target.metric}' is not measured; {near(target.metric, SCORE_METRICS)}")
-        elif target.metric.endswith("_class") != (target.class_name is not None):
-            fix = "is of one class: name it" if target.class_name is None else "is of all classes: leave it out"
-            problems.append(f"{where}.class: '{target.metric}' {fix}")
-        if target.metric == "calibration_error" and target.mode == "max":
-            problems.append(f"{where}.mode: lower is better for calibration_error; set it to min")
-        if target.parameter is not None:
-            problems.append(f"{where}.parameter: belongs to geometry; leave it out")
-        for name, value in (("shots", target.shots), ("frozen_layers", target.frozen_layers), ("probes", target.probe)):
-            searched = f"evaluate.{name}" in job.search.space
-            # A searched depth is scored at whatever depth the arm has: the target follows it.
-            if name == "probes" and value == "mlp" and target.frozen_layers != "all":
-                continue  # the only one there, whatever the probes of depth all are
-            if value is not None and not searched and value not in possible[name]:
-                valid = [str(v) for v in possible[name]]
-                key = "probe" if name == "probes" else name
-                problems.append(f"{where}.{key}: {value!r} is not evaluated; {near(str(value), valid)}")
+        problems += check_target(job, target, f"search.targets.{index}")
     measured = [(target.table, resolve_target(job, target)) for target in job.search.targets]
     for index, cell in enumerate(measured):
         if cell in measured[:index]:
             problems.append(f"search.targets.{index}: is the same value as target {measured.index(cell)}; remove one")
+    return problems
+
+
+def _near(value: str, names: typing.Sequence[str]) -> str:
+    match = [] if value.isdigit() else difflib.get_close_matches(value, names, n=1)
+    return f"did you mean '{match[0]}'?" if match else f"valid: {', '.join(map(str, names))}"
+
+
+def check_target(job: Job, target: Target, where: str) -> list[str]:
+    """One line for each part of a target that the job does not measure, with the nearest that it does."""
+    problems: list[str] = []
+    evaluated = list(job.evaluate.tasks or job.corpus.tasks)
+    possible = {name: possible_values(job, f"evaluate.{name}") for name in ("shots", "frozen_layers", "probes")}
+    if target.task not in evaluated:
+        problems.append(f"{where}.task: '{target.task}' is not evaluated; {_near(target.task, evaluated)}")
+    if target.table == "geometry":
+        if {"shots", "probe", "frozen_layers", "class_name"} & target.model_fields_set:
+            problems.append(f"{where}: geometry has no shots, probe, frozen_layers or class; leave them out")
+        if target.metric not in DEFINITIONS:
+            problems.append(
+                f"{where}.metric: '{target.metric}' is not measured; {_near(target.metric, list(DEFINITIONS))}"
+            )
+        elif not list_parameters(job, target.metric):
+            setting = f"evaluate.geometry.{DEFINITIONS[target.metric].parameter}"
+            problems.append(f"{where}.metric: '{target.metric}' is not measured; {setting} is empty, add to it")
+        elif (at := list_parameters(job, target.metric)) and target.parameter not in (None, *at):
+            listed = ", ".join(f"{value:g}" for value in at if value is not None)
+            fix = f"measured at: {listed}" if listed else f"{target.metric} has none; leave it out"
+            problems.append(f"{where}.parameter: {target.parameter:g} is not measured; {fix}")
+        return problems
+    if target.metric not in SCORE_METRICS:
+        problems.append(f"{where}.metric: '{target.metric}' is not measured; {_near(target.metric, SCORE_METRICS)}")
+    elif target.metric.endswith("_class") != (target.class_name is not None):
+        fix = "is of one class: name it" if target.class_name is None else "is of all classes: leave it out"
+        problems.append(f"{where}.class: '{target.metric}' {fix}")
+    if target.metric == "calibration_error" and target.mode == "max":
+        problems.append(f"{where}.mode: lower is better for calibration_error; set it to min")
+    if target.parameter is not None:
+        problems.append(f"{where}.parameter: belongs to geometry; leave it out")
+    for name, value in (("shots", target.shots), ("frozen_layers", target.frozen_layers), ("probes", target.probe)):
+        searched = f"evaluate.{name}" in job.search.space
+        # A searched depth is scored at whatever depth the arm has: the target follows it.
+        if name == "probes" and value == "mlp" and target.frozen_layers != "all":
+            continue  # the only one there, whatever the probes of depth all are
+        if value is not None and not searched and value not in possible[name]:
+            valid = [str(v) for v in possible[name]]
+            key = "probe" if name == "probes" else name
+            problems.append(f"{where}.{key}: {value!r} is not evaluated; {_near(str(value), valid)}")
+    return problems
+
+
+def _check_primary(job: Job) -> list[str]:
+    """What is wrong with the comparison that the job declares."""
+    if job.analysis.primary is None:
+        return []
+    where, problems = "analysis.primary", []
+    try:
+        read_primary(job, job.analysis.primary)
+    except JobError as error:
+        problems = [f"{where}: {problem}" for problem in error.problems]
+    with contextlib.suppress(JobError):  # told above
+        _, _, at = split_sides(job.analysis.primary)
+        problems += check_target(job, read_cell_target(job, split_pairs(at) if at else {}), where)
     return problems
 
 

@@ -31,6 +31,7 @@ def line_up(job: Job, names: Sequence[str], results: Path) -> Job:
     name = f"{job.name}.{own}"
     raw["name"] = name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 7]}-{digest(name, 6)}"
     raw["encoder"] = {starts[0][0]: starts[0][1]}
+    raw["analysis"] = {}  # what was asked of the job's own arms
     raw["pretrain"] = Pretrain(objective="none").model_dump(mode="json")
     for setting, entry in search.space.items():
         block, _, field = setting.partition(".")

@@ -10,7 +10,9 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table as Grid
 
+from raylab.analysis import count_family
 from raylab.batches import cut_pieces, describe_spans
+from raylab.comparisons import count_least_seeds, find_smallest_p
 from raylab.corpus import DOCUMENTS, TRAIN, VALIDATION, metadata_fields, open_rows
 from raylab.designs import count_trials, list_levels, list_points
 from raylab.draws import draw_shots
@@ -40,6 +42,7 @@ def plan_job(job: Job, results: Path) -> dict[str, Any]:
     base = make_spec(preparation, {}, job.search.seeds[0], "fixed")
     found: dict[str, Any] = {"job": job.name, "design": job.search.design}
     found |= _plan_arms(preparation)
+    found["comparisons"] = plan_comparisons(job)
     found |= _plan_states(preparation, base)
     untrained = found["trials"] - found["trials_with_pretraining"]
     found["evaluated_encoders"] = found["pretrainings"] * job.pretrain.rungs + untrained
@@ -100,6 +103,31 @@ def _plan_arms(preparation: Preparation) -> dict[str, Any]:
         "hours": tokens / rate / 3600 if rate else None,
         "cant_work": infeasible,
     }
+
+
+def plan_comparisons(job: Job) -> dict[str, Any]:
+    """The seeds that the declared comparisons need at least, the seeds on which arms are ranked, and warnings.
+
+    So many can show a difference that is there on every seed; how many a smaller one takes depends on its spread.
+    """
+    confirm, design = job.search.confirm, job.search.design
+    given = len(job.search.seeds) if design not in ADAPTIVE else len(confirm.seeds) if confirm else 0
+    family = count_family(job)
+    needed = {"primary": count_least_seeds() if job.analysis.primary is not None else None,
+              "exploratory": count_least_seeds(family) if family else None}  # fmt: skip
+    where = "search.confirm.seeds" if design in ADAPTIVE else "search.seeds"
+    warnings = []
+    if design in ADAPTIVE and confirm is None:
+        warnings.append("search.confirm is not set: no arm is confirmed on fresh seeds, so none is ranked or compared")
+        needed = dict.fromkeys(needed)
+    for role, least in needed.items():
+        if least is not None and given < least:
+            what = "the primary comparison" if role == "primary" else f"{family} exploratory comparisons"
+            warnings.append(
+                f"{where}: {given} can't show {what} (p is never under {find_smallest_p(given):.2g}); "
+                f"{least} are needed at least"
+            )
+    return {"seeds": given, "family": family, "seeds_at_least": needed, "warnings": warnings}
 
 
 def _plan_pretrainings(
@@ -315,6 +343,8 @@ def print_plan(found: Mapping[str, Any], console: Console) -> None:
         )
     for line in found["cant_work"]:
         console.print(f"can't work: {line}", style="red", highlight=False)
+    for line in found["comparisons"]["warnings"]:
+        console.print(f"comparisons: {line}", style="yellow", highlight=False)
     grid = Grid(title="corpus: training and validation rows")
     for column in (
         "table",

@@ -123,20 +123,28 @@ def find_front(
 
 def _read_values(results: Path, job: Job, table: str, cell: dict[str, Any], split: str) -> Iterator[SeedValue]:
     """The values of a cell; where freeze depths are searched, each arm's at its own, as the search's targets are."""
+    for here, arms in split_depths(results, job, cell):
+        yield from (row for row in read_cell(results, job.name, table, here, split) if arms is None or row.arm in arms)
+
+
+def split_depths(results: Path, job: Job, cell: dict[str, Any]) -> list[tuple[dict[str, Any], set[str] | None]]:
+    """The cells that a cell is read as, and whose values each gives (None: every arm's): where depths are searched,
+    one for each depth, with its arms."""
     if "evaluate.frozen_layers" not in job.search.space or "frozen_layers" not in cell:
-        yield from read_cell(results, job.name, table, cell, split)
-        return
+        return [(cell, None)]
     asked = open_tables(results, "trials", job.name, _name_trials(results, job)).execute(
         'select arm, any_value("evaluate.frozen_layers") from trials where job = ? group by arm', [job.name]
     )
-    depths: dict[str, str] = {}
+    arms: dict[str, set[str]] = {}
     for arm, text in asked.fetchall():
         own = json.loads(text) if text is not None else [cell["frozen_layers"]]
-        depths[arm] = cell["frozen_layers"] if cell["frozen_layers"] in own else own[0]
+        depth = cell["frozen_layers"] if cell["frozen_layers"] in own else own[0]
+        arms.setdefault(depth, set()).add(arm)
     frozen = cell["probe"] if cell["frozen_layers"] == "all" else job.evaluate.probes[0]
-    for depth in dict.fromkeys(depths.values()):
-        here = cell | {"frozen_layers": depth, "probe": frozen if depth == "all" else "mlp"}
-        yield from (row for row in read_cell(results, job.name, table, here, split) if depths[row.arm] == depth)
+    return [
+        (cell | {"frozen_layers": depth, "probe": frozen if depth == "all" else "mlp"}, there)
+        for depth, there in arms.items()
+    ]
 
 
 def _name_trials(results: Path, job: Job) -> list[str]:

@@ -123,6 +123,20 @@ class Search(Model):
         return self
 
 
+class Analysis(Model):
+    """What is asked of the results, said before they are seen; changes none of them."""
+
+    primary: str | None = Field(
+        None,
+        description="the comparison that is tested first and alone, the others being exploratory: ARM vs ARM [at "
+        "KEY=VALUE, ...], such as 'objective=declutr vs objective=mlm at shots=32'",
+    )
+    family: Literal["base", "pairs"] = Field(
+        "base",
+        description="exploratory comparisons, with Holm's correction: of each arm with the base arm, or all pairs",
+    )
+
+
 class Limits(Model):
     """When a sweep ends by itself, each trial after its rung, and what it keeps."""
 
@@ -154,6 +168,7 @@ class Job(Model):
     pretrain: Pretrain = Pretrain()
     evaluate: Evaluate = Evaluate()
     search: Search = Search()
+    analysis: Analysis = Analysis()
     limits: Limits = Limits()
     resources: Resources = Resources()
 
