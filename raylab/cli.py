@@ -130,9 +130,10 @@ def logs(
         with connect(address) as cluster:
             print_logs(cluster, name, follow)
         return
+    from raylab.logs import open_log
     from raylab.output import print_log
     from raylab.results import find_job
-    from raylab.storage import is_url, open_log
+    from raylab.storage import is_url
 
     folder = open_folder(results)
     find_job(folder, name)

@@ -18,6 +18,7 @@ from raylab.hygiene import check_corpus, keep_hygiene
 from raylab.identity import name_trial
 from raylab.jobs import dump_yaml
 from raylab.judge import decide
+from raylab.logs import open_log
 from raylab.mistakes import BusyError, InfeasibleError, Interrupted, JobError, find_storage_problem
 from raylab.preparation import Preparation, make_spec, name_point, prepare
 from raylab.pretrain import make_units, open_data
@@ -27,7 +28,7 @@ from raylab.results import open_tables
 from raylab.schedule import LOOK_SECONDS, Schedule
 from raylab.search import Request, Search, list_refused
 from raylab.specs import Job
-from raylab.storage import open_log, publish, pull, remove
+from raylab.storage import publish, pull, remove
 from raylab.tables import now, write_rows
 from raylab.trial import run_trial, set_threads
 
