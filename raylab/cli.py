@@ -208,6 +208,19 @@ def query(
 
 
 @app.command()
+def compact(
+    name: Annotated[str | None, typer.Argument(help="one job; else all")] = None,
+    results: ResultsOption = RESULTS,
+) -> None:
+    """Pack the small files of a job's tables into few; safe while it runs and is queried."""
+    from raylab.compaction import compact_results
+
+    for job, packed in compact_results(open_folder(results), name):
+        counts = ", ".join(f"{count:,} of {table}" for table, count in packed.items())
+        messages.print(f"{job}: {f'packed {counts}' if counts else 'nothing to pack'}", highlight=False)
+
+
+@app.command()
 def plan(
     job: Annotated[Path, typer.Argument(help="the job file")],
     results: ResultsOption = RESULTS,

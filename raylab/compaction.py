@@ -13,9 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
+from raylab.driver import claim_job
 from raylab.mistakes import DamagedError, JobError
-from raylab.packs import KEY, TICK_NS, choose_rows, encode_index, excluding, list_loose, open_pack
-from raylab.storage import PACKS, identify, publish, pull, remove, remove_same
+from raylab.packs import KEY, TICK_NS, choose_rows, encode_index, excluding, identify, list_loose, open_pack
+from raylab.results import find_job, list_jobs
+from raylab.storage import PACKS, is_mirror, publish, pull, remove, remove_same
 from raylab.tables import SCHEMAS, list_summaries, read_file, read_pack, summarise_trial
 
 # Files of one table from which on a job that has ended is compacted.
@@ -26,6 +28,18 @@ GROUP_ROWS = 65_536
 BATCH = 100
 FILES_AT_ONCE = 20
 SCRATCH = ".packing"
+
+
+def compact_results(results: Path, name: str | None = None) -> Iterator[tuple[str, dict[str, int]]]:
+    """Packs a job's files, or those of every job, as `compact_job` does; yields the job and its tables.
+
+    At a URL, where nothing can be locked, no job may be running meanwhile. Raises JobError.
+    """
+    if name is not None:
+        find_job(results, name)
+    for job in list_jobs(results) if name is None else [name]:
+        with claim_job(results, job) if is_mirror(results) else contextlib.nullcontext():
+            yield job, compact_job(results, job)
 
 
 def compact_job(results: Path, job: str, least: int = 1) -> dict[str, int]:

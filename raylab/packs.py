@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from raylab.mistakes import DamagedError
-from raylab.storage import PACKS, identify
+from raylab.storage import PACKS
 from raylab.summary import find_note
 
 LOCK = ".tables.lock"
@@ -103,6 +103,12 @@ def find_packed(results: Path, job: str, table: str, name: str) -> Pack | None:
         if name in names:
             return pack
     return None
+
+
+def identify(path: Path) -> tuple[int, int, int]:
+    """What tells a file from any that takes its place. Raises FileNotFoundError."""
+    found = os.stat(path)
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def open_pack(path: Path) -> Pack:

@@ -226,12 +226,6 @@ def remove_same(results: Path, path: Path) -> bool:
     return True
 
 
-def identify(path: Path | int) -> tuple[int, int, int]:
-    """What tells a file, by its path or descriptor, from any that takes its place. Raises FileNotFoundError."""
-    found = os.stat(path)
-    return found.st_ino, found.st_mtime_ns, found.st_size
-
-
 def publish(results: Path, scratch: Path, path: Path) -> None:
     """Renames a file that was written beside into place, for all to see; that of a mirror is first put at its URL."""
     remote = _find(results)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from raylab.baselines import score_baselines
 from raylab.blocks import PARTS
 from raylab.checkpoints import note_disk, prune_checkpoints
+from raylab.compaction import MANY, compact_job
 from raylab.corpus import SplitCorpus
 from raylab.driver import claim_job, read_stop, request_stop
 from raylab.hygiene import check_corpus, keep_hygiene
@@ -123,6 +124,10 @@ def _run_job(
         if schedule.why is None:
             prune_checkpoints(results, job)
         if not schedule.storage_failed:
+            # What can't be packed now can be later: nothing of it is lost.
+            with contextlib.suppress(OSError, JobError):
+                if packed := sum(compact_job(results, job.name, MANY).values()):
+                    progress.note(f"{packed:,} small files of the tables are packed")
             note_disk(results, job.name)
     return Ended(dict(progress.states), schedule.why, schedule.by_limit)
 

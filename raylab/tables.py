@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 from raylab.explanations import inner_types
 from raylab.identity import canonical, digest
 from raylab.mistakes import DamagedError
-from raylab.packs import choose_rows, find_packed, list_loose, open_pack, sharing
+from raylab.packs import choose_rows, find_packed, identify, list_loose, open_pack, sharing
 from raylab.settings import SETTINGS
-from raylab.storage import PACKS, identify, publish, pull_files
+from raylab.storage import PACKS, publish, pull_files
 from raylab.summary import COLUMNS, KEY, TIMES, encode_summary, read_summary
 
 _text, _int, _float = pa.string(), pa.int64(), pa.float64()
