@@ -190,17 +190,17 @@ def status(
 @app.command()
 def query(
     sql: Annotated[str | None, typer.Argument(help="DuckDB SQL over the tables")] = None,
-    listing: Annotated[bool, typer.Option("--list", help="the tables and their columns")] = False,
+    listing: Annotated[bool, typer.Option("--list", help="the tables, ready views and their columns")] = False,
     results: ResultsOption = RESULTS,
     form: FormatOption = Format.table,
 ) -> None:
     """SQL over the result tables, while they are being written too."""
     from raylab.results import query as ask
-    from raylab.tables import SCHEMAS
 
     if listing:
-        columns = [{"table": t, "column": f.name, "type": str(f.type)} for t, schema in SCHEMAS.items() for f in schema]
-        print_rows(columns, form)
+        from raylab.views import describe_tables
+
+        print_rows(describe_tables(), form)
     elif sql is None:
         raise JobError(["query: give SQL in quotes, or --list"])
     else:

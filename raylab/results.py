@@ -21,43 +21,89 @@ if TYPE_CHECKING:
 
 
 def open_tables(
-    results: Path,
-    sql: str | None = None,
-    job: str = "*",
-    trials: "Collection[str] | None" = None,
-    columns: "Collection[str] | None" = None,
+    results: Path, sql: str | None = None, job: str = "*", trials: "Collection[str] | None" = None
 ) -> "duckdb.DuckDBPyConnection":
     """A DuckDB connection with one view a table over all jobs, that can reach no file, nor write any.
 
     The rows are those of one moment. With `sql`, only the tables that it names are read; with `job` only its files,
-    with `trials` only theirs, with `columns` no others. Columns are joined by name, so rows of older versions stay
-    readable. Raises JobError without a results folder, or where a file is damaged.
+    with `trials` only theirs. Columns are joined by name, so rows of older versions stay readable. Raises JobError
+    without a results folder, or where a file is damaged.
     """
     _check_folder(results)
     import duckdb
 
-    from raylab.snapshot import read_table
     from raylab.tables import SCHEMAS
 
     connection = duckdb.connect()
     for table in SCHEMAS:
         if sql is None or table in sql.lower():
-            try:
-                rows = read_table(results, table, None if job == "*" else job, trials, columns)
-            except DamagedError as error:
-                raise JobError([str(error)]) from None
-            connection.register(table, rows)
+            connection.register(table, _read(results, table, None if job == "*" else job, trials))
+    return _close_in(connection)
+
+
+def open_views(results: Path, sql: str | None = None, *, every: bool = False) -> "duckdb.DuckDBPyConnection":
+    """As `open_tables`, with the ready views too.
+
+    With `sql`, only the tables and views that it names, and of them the columns it needs, or `every` one. Raises
+    JobError, and duckdb.Error for SQL that is none.
+    """
+    _check_folder(results)
+    import duckdb
+
+    from raylab.tables import SCHEMAS
+    from raylab.views import VIEWS, add_views, label_arms, list_needs, list_views, need_labels
+
+    connection = duckdb.connect()
+    needs = dict.fromkeys(SCHEMAS) if sql is None else list_needs(connection, sql)
+    for table in SCHEMAS:
+        if table in needs:
+            words = None if every else needs[table]
+            # One column at least, or the rows could not be counted.
+            columns = None if words is None else [n for n in SCHEMAS[table].names if n == "job" or n.lower() in words]
+            connection.register(table, _read(results, table, columns=columns))
+    views = list(VIEWS) if sql is None else list_views(sql)
+    try:
+        add_views(connection, label_arms(results) if need_labels(views) else None, views)
+    except DamagedError as error:
+        raise JobError([str(error)]) from None
+    return _close_in(connection)
+
+
+def _close_in(connection: "duckdb.DuckDBPyConnection") -> "duckdb.DuckDBPyConnection":
     connection.execute("set enable_external_access=false")
     connection.execute("set lock_configuration=true")
     return connection
 
 
-def query(results: Path, sql: str) -> "pa.Table":
-    """The answer to a query. Raises JobError where it is wrong, in one line."""
-    import duckdb
+def _read(
+    results: Path,
+    table: str,
+    job: str | None = None,
+    trials: "Collection[str] | None" = None,
+    columns: "Collection[str] | None" = None,
+) -> "pa.Table":
+    """A table's rows. Raises JobError at a file that is damaged: an answer without it would be another one."""
+    from raylab.snapshot import read_table
 
     try:
-        answer = open_tables(results, sql).sql(sql)
+        return read_table(results, table, job, trials, columns)
+    except DamagedError as error:
+        raise JobError([str(error)]) from None
+
+
+def query(results: Path, sql: str) -> "pa.Table":
+    """The answer to a query, in which settings need no quotes. Raises JobError where it is wrong, in one line."""
+    import duckdb
+
+    from raylab.statement import quote_settings
+    from raylab.tables import SETTING_COLUMNS
+
+    sql = quote_settings(sql, [*SETTING_COLUMNS, "search.targets"])
+    try:
+        try:
+            answer = open_views(results, sql).sql(sql)
+        except duckdb.BinderException:  # what it names is no column, or one that only files of other versions have
+            answer = open_views(results, sql, every=True).sql(sql)
     except duckdb.Error as error:
         first = str(error).splitlines()[0]
         raise JobError([f"query: {first}; 'raylab query --list' shows the tables and their columns"]) from None
