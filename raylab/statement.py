@@ -1,5 +1,6 @@
 """A person's SQL: settings without quotes, and which columns it needs, so that no others are read."""
 
+import itertools
 import json
 import re
 from collections.abc import Collection, Iterator
@@ -17,7 +18,7 @@ def quote_settings(sql: str, settings: Collection[str]) -> str:
     tokens = [(start, str(kind).rpartition(".")[2]) for start, kind in duckdb.tokenize(sql)]
     kept = [
         (start, end)
-        for (start, kind), (end, _) in zip(tokens, [*tokens[1:], (len(raw), "")], strict=True)
+        for (start, kind), (end, _) in itertools.pairwise([*tokens, (len(raw), "")])
         if kind in ("string_const", "comment") or raw[start : start + 1] == b'"'
     ]
 

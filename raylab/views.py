@@ -75,7 +75,7 @@ VIEWS: dict[str, View] = {
         """,
     ),
     "best": View(
-        "the arm of a job with the best mean in a cell, without baselines; metrics of which more is not better left out",
+        "the arm of a job with the best mean in a cell; no baselines, no metrics that have no better side",
         ("arms",),
         f"""
         select job, arm, label, {CELL}, mean, low, high, seeds from arms
@@ -194,8 +194,7 @@ def describe_tables() -> list[dict[str, Any]]:
         found += [(view, str(name), _TYPES[kind]) for name, kind, *_ in described]
     texts = TEXTS | {name: view.text for name, view in VIEWS.items()}
     return [
-        {"table": table, "column": column, "type": kind, "about": texts.pop(table, None)}
-        for table, column, kind in found
+        {"table": name, "column": column, "type": kind, "about": texts.pop(name, None)} for name, column, kind in found
     ]
 
 
