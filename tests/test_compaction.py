@@ -12,20 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
-from raylab import sweep
-from raylab.checkpoints import measure_disk
+# What loads torch is imported where it is needed: processes that tests start import this file.
 from raylab.compaction import compact_job, compact_results
 from raylab.mistakes import DamagedError, JobError
 from raylab.packs import choose_rows, list_loose, list_packs
-from raylab.progress import SweepProgress
-from raylab.ranking import rank_arms
-from raylab.repair import repair_job
 from raylab.results import open_tables, query, read_cell, summarise_jobs
-from raylab.settings import resolve_target
 from raylab.storage import PACKS
-from raylab.sweep import run_job
 from raylab.tables import (
     SCHEMAS,
     is_written,
@@ -37,7 +30,6 @@ from raylab.tables import (
     table_path,
     write_rows,
 )
-from raylab.trials import find_trial
 
 processes = multiprocessing.get_context("spawn")
 START = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -69,6 +61,8 @@ def read_versions(results: Path) -> dict[str, int]:
 
 def read_all(results: Path) -> dict[str, Any]:
     """Whatever is told of a job's tables, by every way to read them."""
+    from raylab.trials import find_trial
+
     return {
         "tables": {table: query(results, f"from {table} order by all").to_pylist() for table in SCHEMAS},
         "trials": list(list_trials(results, "j")),
@@ -169,6 +163,8 @@ def test_columns_of_other_versions_are_kept(tmp_path: Path) -> None:
 
 
 def test_a_damaged_file_is_not_packed_and_is_named(tmp_path: Path) -> None:
+    from raylab.repair import repair_job
+
     fill(tmp_path)
     path = table_path(tmp_path, "j", "scores", f"{1:012x}-0")
     path.write_bytes(path.read_bytes()[:-40])
@@ -181,6 +177,8 @@ def test_a_damaged_file_is_not_packed_and_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("place", ["first", "index", "end"])
 def test_a_damaged_pack_is_named_and_set_aside(tmp_path: Path, place: str) -> None:
+    from raylab.repair import repair_job
+
     fill(tmp_path)
     compact_job(tmp_path, "j")
     (path,) = list_packs(tmp_path, "j", "scores")
@@ -218,10 +216,21 @@ def compact_until(results: Path, point: int) -> None:
     compact_job(results, "j")
 
 
+def raise_children(results: Path, pipe: Any) -> None:
+    """Forks a child for each point that comes in, and answers how it ended: starting Python anew takes a second."""
+    while (point := pipe.recv()) is not None:
+        child = os.fork()
+        if not child:
+            compact_until(results, point)
+            os._exit(0)
+        pipe.send(os.waitpid(child, 0)[1])
+
+
 def test_killed_before_any_file_is_touched_nothing_is_lost(tmp_path: Path) -> None:
     """At each of its steps, from files that a pack holds already, others, and ones written again."""
-    forks = multiprocessing.get_context("forkserver")
-    forks.set_forkserver_preload(["raylab.compaction"])
+    pipe, other = processes.Pipe()
+    parent = processes.Process(target=raise_children, args=(tmp_path, other))
+    parent.start()
     for number in range(4):
         write_trial(tmp_path, number)
     compact_job(tmp_path, "j")
@@ -229,16 +238,18 @@ def test_killed_before_any_file_is_touched_nothing_is_lost(tmp_path: Path) -> No
     while True:
         for number in (point % 4, 4 + point % 3):
             expected[write_trial(tmp_path, number, version=point)] = point
-        child = forks.Process(target=compact_until, args=(tmp_path, point))
-        child.start()
-        child.join()
+        pipe.send(point)
+        assert pipe.poll(30)
+        ended = pipe.recv()
         assert read_versions(tmp_path) == expected
         assert {row["trial_id"]: row["num_steps"] for row in list_trials(tmp_path, "j")} == expected
         assert {row["trial_id"] for row in list_summaries(tmp_path, "j")} == expected.keys()
-        if child.exitcode == 0:
+        if ended == 0:
             break
-        assert child.exitcode == -signal.SIGKILL
+        assert os.WTERMSIG(ended) == signal.SIGKILL
         point, killed = point + 1, killed + 1
+    pipe.send(None)
+    parent.join()
     assert killed > 20
     compact_job(tmp_path, "j")
     files = {path.name.split("-")[0] for path in (tmp_path / "j" / PACKS).iterdir()}
@@ -364,11 +375,19 @@ def test_jobs_are_compacted_by_name_or_all(tmp_path: Path) -> None:
 
 
 def test_a_compacted_job_goes_on_as_any_other(make_job: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rich.console import Console
+
+    from raylab import sweep
+    from raylab.checkpoints import measure_disk
+    from raylab.progress import SweepProgress
+    from raylab.ranking import rank_arms
+    from raylab.settings import resolve_target
+
     monkeypatch.setattr(sweep, "MANY", 2)
 
     def run(**changes: Any) -> Any:
         job = make_job("mlm", {"name": "packed", "search": {"seeds": [0, 1]}, **changes})
-        return job, run_job(job, tmp_path, SweepProgress(Console(quiet=True)), here=True)
+        return job, sweep.run_job(job, tmp_path, SweepProgress(Console(quiet=True)), here=True)
 
     def rank(job: Any) -> list[Any]:
         cell = resolve_target(job, job.search.targets[0])
