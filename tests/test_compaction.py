@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sys
 import threading
@@ -216,12 +217,12 @@ def compact_until(results: Path, point: int) -> None:
     compact_job(results, "j")
 
 
-def raise_children(results: Path, pipe: Any) -> None:
+def raise_children(pipe: Any) -> None:
     """Forks a child for each point that comes in, and answers how it ended: starting Python anew takes a second."""
-    while (point := pipe.recv()) is not None:
+    while (task := pipe.recv()) is not None:
         child = os.fork()
         if not child:
-            compact_until(results, point)
+            compact_until(*task)
             os._exit(0)
         pipe.send(os.waitpid(child, 0)[1])
 
@@ -229,32 +230,36 @@ def raise_children(results: Path, pipe: Any) -> None:
 def test_killed_before_any_file_is_touched_nothing_is_lost(tmp_path: Path) -> None:
     """At each of its steps, from files that a pack holds already, others, and ones written again."""
     pipe, other = processes.Pipe()
-    parent = processes.Process(target=raise_children, args=(tmp_path, other))
+    parent = processes.Process(target=raise_children, args=(other,))
     parent.start()
-    for number in range(4):
-        write_trial(tmp_path, number)
-    compact_job(tmp_path, "j")
-    expected, point, killed = {f"{number:012x}-0": 0 for number in range(4)}, 0, 0
-    while True:
-        for number in (point % 4, 4 + point % 3):
-            expected[write_trial(tmp_path, number, version=point)] = point
-        pipe.send(point)
-        assert pipe.poll(30)
-        ended = pipe.recv()
-        assert read_versions(tmp_path) == expected
-        assert {row["trial_id"]: row["num_steps"] for row in list_trials(tmp_path, "j")} == expected
-        assert {row["trial_id"] for row in list_summaries(tmp_path, "j")} == expected.keys()
-        if ended == 0:
-            break
-        assert os.WTERMSIG(ended) == signal.SIGKILL
-        point, killed = point + 1, killed + 1
-    pipe.send(None)
-    parent.join()
-    assert killed > 20
-    compact_job(tmp_path, "j")
-    files = {path.name.split("-")[0] for path in (tmp_path / "j" / PACKS).iterdir()}
-    assert files == {"trials", "scores", ".lock"}  # scratch files are gone
-    assert read_versions(tmp_path) == expected
+    begun, expected, point = tmp_path / "begun", {}, 0
+    for number in (0, 1, 2, 1, 3):
+        version = len(expected)
+        expected[write_trial(begun, number, version)] = version
+        if number == 2:
+            compact_job(begun, "j")
+    try:
+        while True:
+            results = shutil.copytree(begun, tmp_path / str(point))
+            pipe.send((results, point))
+            assert pipe.poll(60)
+            ended = pipe.recv()
+            assert read_versions(results) == expected
+            assert {row["trial_id"]: row["num_steps"] for row in list_trials(results, "j")} == expected
+            assert {row["trial_id"] for row in list_summaries(results, "j")} == expected.keys()
+            if ended == 0:
+                break
+            assert os.WTERMSIG(ended) == signal.SIGKILL
+            if point % 4 == 0:  # the next one makes good what was left
+                compact_job(results, "j")
+                assert read_versions(results) == expected
+                left = sorted(path.name.split("-")[0] for path in (results / "j" / PACKS).iterdir())
+                assert left == [".lock", "scores", "trials"]
+            point += 1
+    finally:
+        pipe.send(None)
+        parent.join()
+    assert point > 20
 
 
 # --- beside writers and readers
