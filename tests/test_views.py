@@ -1,5 +1,8 @@
 """Queries as people write them: settings without quotes, ready views, and columns that are not read."""
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -163,3 +166,45 @@ def test_quantiles_are_those_of_scipy() -> None:
 
     expected = [stats.t.ppf(0.975, degrees) for degrees in range(1, len(list_quantiles()) + 1)]
     assert list_quantiles() == pytest.approx(expected, rel=1e-10)
+
+
+def test_results_can_be_asked_from_python(studied: Path) -> None:
+    import pandas as pd
+    import pyarrow as pa
+
+    import raylab
+
+    results = raylab.open_results(studied)
+    scores = results.table("scores")
+    assert isinstance(scores, pa.Table)
+    assert scores.to_pylist() == query(studied, "from scores").to_pylist()
+    frame = results.frame(f"select arm, max({SPAN}) as span from trials where arm = 'base' group by arm")
+    assert isinstance(frame, pd.DataFrame)
+    assert frame.to_dict("records") == [{"arm": "base", "span": 128}]
+    with results.connect() as tables:
+        assert tables.sql("select count(*) from arms").fetchall() == [(len(results.table("arms")),)]
+        write_trial(studied, "late-0")
+        assert tables.sql("select count(*) from trials where arm = 'late'").fetchall() == [(0,)]
+    assert results.query("select count(*) as n from trials where arm = 'late'").to_pylist() == [{"n": 1}]
+    with pytest.raises(JobError, match="no such folder"):
+        raylab.open_results(studied / "nothing")
+
+
+def test_importing_raylab_loads_nothing_heavy() -> None:
+    heavy = ("torch", "ray", "pandas", "pyarrow", "duckdb", "sklearn", "optuna")
+    code = f"import raylab, sys; raylab.open_results; print([name for name in {heavy} if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == "[]\n"
+
+
+def test_the_readme_s_python_runs(studied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (studied.parent / "root").mkdir()
+    (studied.parent / "root" / "results").symlink_to(studied)
+    monkeypatch.chdir(studied.parent / "root")
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["count"] == len(names["results"].table("trials"))
+    assert list(names["best"].columns) == ["job", "label", "mean"]
+    assert names["scores"].num_rows > 0
