@@ -1,9 +1,7 @@
 """A table's rows over all jobs as they are at one moment, from loose files and packs; only the columns asked for."""
 
-import itertools
-import os
+import contextlib
 from collections.abc import Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,7 +12,6 @@ from raylab.tables import SCHEMAS, encode_schema, read_file, read_pack
 
 # Each file's columns take far more memory than their few rows: joined as they come.
 FILES_AT_ONCE = 200
-STREAMS = min(4, os.cpu_count() or 1)
 
 
 def read_table(
@@ -59,22 +56,15 @@ def _read_loose(
         known = {path for path, _ in found}
         paths = [path for path in paths if path not in known]
 
-    def read(path: Path) -> pa.Table | None:
-        try:
-            return read_file(path, table, columns)
-        except FileNotFoundError:  # packed meanwhile
-            return None
-
-    listed = iter(paths)
-    with ThreadPoolExecutor(STREAMS) as pool:
-        while some := list(itertools.islice(listed, FILES_AT_ONCE)):
-            tables = []
-            for path, rows in zip(some, pool.map(read, some), strict=True):
-                if rows is not None:
-                    seen[path.parts[-3]].add(path.name.removesuffix(".parquet"))
-                    tables.append(rows)
-            if tables:
-                yield _encode(pa.concat_tables(tables, promote_options="default").combine_chunks())
+    # Not in threads: of so little work each, they only wait for each other.
+    for start in range(0, len(paths), FILES_AT_ONCE):
+        tables = []
+        for path in paths[start : start + FILES_AT_ONCE]:
+            with contextlib.suppress(FileNotFoundError):  # packed meanwhile
+                tables.append(read_file(path, table, columns))
+                seen[path.parts[-3]].add(path.name.removesuffix(".parquet"))
+        if tables:
+            yield _encode(pa.concat_tables(tables, promote_options="default").combine_chunks())
 
 
 def _read_summary(path: Path) -> dict[str, object] | None:
