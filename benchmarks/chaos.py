@@ -28,9 +28,8 @@ import numpy as np
 from job import list_family
 from tiny import make_job, start_raylab, write_job, write_tiny_notes
 
-from raylab.results import list_files
 from raylab.specs import Job
-from raylab.tables import read_file
+from raylab.tables import list_names, read_pieces
 
 KINDS = ("driver", "driver_and_children", "trial", "raylet")
 MARKS = {"trial": b"ray::ImplicitFunc", "raylet": b"raylet/raylet"}
@@ -298,10 +297,10 @@ class Chaos:
 def read_table(results: Path, job: str, table: str) -> Rows:
     """Key -> rows of a job's table."""
     rows: Rows = {}
-    for path in list_files(results, table):
-        if path.parts[-3] == job:
-            for row in read_file(path, table).to_pylist():
-                rows.setdefault(tuple(row[name] for name in KEYS[table]), []).append(row)
+    for name in list_names(results, job, table):
+        found = read_pieces(results, job, table, name)
+        for row in [] if found is None else found.to_pylist():
+            rows.setdefault(tuple(row[key] for key in KEYS[table]), []).append(row)
     return rows
 
 

@@ -1,5 +1,6 @@
 """What of a job's checkpoints is kept, and the disk that it takes."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ from raylab.results import list_jobs
 from raylab.specs import Job
 from raylab.stages import measure_stages, peek_stage, prune_stage
 from raylab.storage import pull, write
-from raylab.tables import list_summaries, read_rows
+from raylab.tables import list_names, list_summaries, read_rows
 
 # What pruning takes of a rung that nothing goes on from, or that is no trial's final encoder.
 WEIGHTS = ("encoder", "optimizer.safetensors")
@@ -60,10 +61,13 @@ def measure_disk(results: Path, job: str) -> dict[str, int]:
     """Bytes of a job's tables, of the stages it uses (which others may use too), and free where the results are."""
     stages = {
         row["stage_id"]
-        for path in (results / job / "stages").glob("[!.]*.parquet")
-        for row in read_rows(results, job, "stages", path.stem)
+        for name in list_names(results, job, "stages")
+        for row in read_rows(results, job, "stages", name)
     }
-    tables = sum(file.stat().st_size for file in (results / job).glob("*/*.parquet"))
+    tables = 0
+    for file in (results / job).glob("*/*.parquet"):
+        with contextlib.suppress(FileNotFoundError):  # packed meanwhile
+            tables += file.stat().st_size
     return {
         "tables_bytes": tables,
         "stages_bytes": measure_stages(results, stages),

@@ -131,9 +131,10 @@ def logs(
         with connect(address) as cluster:
             print_logs(cluster, name, follow)
         return
+    from raylab.logs import open_log
     from raylab.output import print_log
     from raylab.results import find_job
-    from raylab.storage import is_url, open_log
+    from raylab.storage import is_url
 
     folder = open_folder(results)
     find_job(folder, name)
@@ -190,21 +191,34 @@ def status(
 @app.command()
 def query(
     sql: Annotated[str | None, typer.Argument(help="DuckDB SQL over the tables")] = None,
-    listing: Annotated[bool, typer.Option("--list", help="the tables and their columns")] = False,
+    listing: Annotated[bool, typer.Option("--list", help="the tables, ready views and their columns")] = False,
     results: ResultsOption = RESULTS,
     form: FormatOption = Format.table,
 ) -> None:
     """SQL over the result tables, while they are being written too."""
     from raylab.results import query as ask
-    from raylab.tables import SCHEMAS
 
     if listing:
-        columns = [{"table": t, "column": f.name, "type": str(f.type)} for t, schema in SCHEMAS.items() for f in schema]
-        print_rows(columns, form)
+        from raylab.views import describe_tables
+
+        print_rows(describe_tables(), form)
     elif sql is None:
         raise JobError(["query: give SQL in quotes, or --list"])
     else:
         print_rows(ask(open_folder(results), sql), form)
+
+
+@app.command()
+def compact(
+    name: Annotated[str | None, typer.Argument(help="one job; else all")] = None,
+    results: ResultsOption = RESULTS,
+) -> None:
+    """Pack the small files of a job's tables into few; safe while it runs and is queried."""
+    from raylab.compaction import compact_results
+
+    for job, packed in compact_results(open_folder(results), name):
+        counts = ", ".join(f"{count:,} of {table}" for table, count in packed.items())
+        messages.print(f"{job}: {f'packed {counts}' if counts else 'nothing to pack'}", highlight=False)
 
 
 @app.command()

@@ -19,6 +19,7 @@ from raylab.corpus import (
 )
 from raylab.identity import digest, digest_folder, name_arm, name_trial
 from raylab.mistakes import JobError
+from raylab.packs import list_folders
 from raylab.scores import MAX_CLASSES
 from raylab.settings import list_settings, with_settings
 from raylab.specs import Job, TrialSpec
@@ -177,19 +178,15 @@ def find_last_rung(results: Path, job: str, trial_id: str) -> Path | None:
 
 def find_trial_encoder(results: Path, trial_id: str) -> Path:
     """The stage folder of a complete trial's last rung, whichever job ran it. Raises JobError."""
-    for folder in sorted(path.parent for path in results.glob("*/trials") if path.is_dir()):
-        row = read_trial(results, folder.name, trial_id)
+    for job in list_folders(results, "trials"):
+        row = read_trial(results, job, trial_id)
         if row is None:
             continue
         if row["status"] != "complete":
-            raise JobError(
-                [f"encoder.trial: '{trial_id}' is {row['status']}, not complete; resume job {folder.name} first"]
-            )
-        found = find_last_rung(results, folder.name, trial_id)
+            raise JobError([f"encoder.trial: '{trial_id}' is {row['status']}, not complete; resume job {job} first"])
+        found = find_last_rung(results, job, trial_id)
         if found is None:
-            raise JobError(
-                [f"encoder.trial: the encoder of '{trial_id}' is gone from {results}; run job {folder.name} again"]
-            )
+            raise JobError([f"encoder.trial: the encoder of '{trial_id}' is gone from {results}; run job {job} again"])
         return found
     raise JobError(
         [f"encoder.trial: no trial '{trial_id}' under {results}; see 'raylab query \"select trial_id from trials\"'"]

@@ -1,12 +1,15 @@
 """What a stop, a full disk or a failing one left of a job: set aside or cleared, so that resuming makes it again."""
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from raylab import storage
 from raylab.mistakes import DamagedError
+from raylab.packs import list_loose, list_packs
 from raylab.stages import clear_leftovers
-from raylab.tables import SCHEMAS, list_trials, read_file, read_rows, table_path, write_rows
+from raylab.tables import SCHEMAS, check_pack, is_written, list_trials, read_file, read_rows, write_rows
 
 # What a trial writes at each rung, before its row of `trials` says that the rung is done.
 MEASURED = ("scores", "geometry", "curves", "stages")
@@ -29,9 +32,8 @@ def repair_job(results: Path, job: str) -> list[str]:
         rows = {table: read_rows(results, job, table, row["trial_id"]) for table in MEASURED}
         missing = [table for table, found in rows.items() if not found]
         # An older raylab wrote no confusions, and scores without a class.
-        if (
-            any(s["class"] is not None for s in rows["scores"])
-            and not table_path(results, job, "confusions", row["trial_id"]).is_file()
+        if any(s["class"] is not None for s in rows["scores"]) and not is_written(
+            results, job, "confusions", row["trial_id"]
         ):
             missing.append("confusions")
         missing += [t for t in ("scores", "geometry") if rows[t] and max(r["rung"] for r in rows[t]) < row["rung"]]
@@ -43,9 +45,12 @@ def repair_job(results: Path, job: str) -> list[str]:
 
 def _set_aside(results: Path, job: str) -> Iterator[str]:
     for table in SCHEMAS:
-        for path in sorted((results / job / table).glob("[!.]*.parquet")):
+        checks: list[tuple[Path, Callable[[Path, str], Any]]]
+        checks = [(path, read_file) for path in list_loose(results, job, table)]
+        for path, check in checks + [(path, check_pack) for path in list_packs(results, job, table)]:
             try:
-                read_file(path, table)
+                with contextlib.suppress(FileNotFoundError):  # packed meanwhile
+                    check(path, table)
             except DamagedError:
                 if table == "unseals":  # a record that nothing makes again
                     yield f"{path} is damaged: restore it from a backup, it records an access to the test split"

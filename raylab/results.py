@@ -1,6 +1,6 @@
 """Reading the result tables: SQL over all jobs, states, and arms ranked. Without torch, Ray or scikit-learn."""
 
-import itertools
+import contextlib
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -8,68 +8,102 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from raylab.disk import read_disk
 from raylab.driver import is_driven
 from raylab.mistakes import DamagedError, JobError
+from raylab.packs import choose_rows, list_folders, list_loose
 from raylab.storage import is_empty, name_results
 from raylab.summary import COLUMNS, read_summary
 
 # `status` needs neither Arrow nor DuckDB: they are imported where rows are read.
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Collection
 
     import duckdb
     import pyarrow as pa
-
-FILES_AT_ONCE = 20
 
 
 def open_tables(
     results: Path, sql: str | None = None, job: str = "*", trials: "Collection[str] | None" = None
 ) -> "duckdb.DuckDBPyConnection":
-    """A DuckDB connection with one view a table over all jobs, that can reach no other file, nor write any.
+    """A DuckDB connection with one view a table over all jobs, that can reach no file, nor write any.
 
     The rows are those of one moment. With `sql`, only the tables that it names are read; with `job` only its files,
     with `trials` only theirs. Columns are joined by name, so rows of older versions stay readable. Raises JobError
-    without a results folder.
+    without a results folder, or where a file is damaged.
     """
     _check_folder(results)
     import duckdb
-    import pyarrow as pa
 
     from raylab.tables import SCHEMAS
 
     connection = duckdb.connect()
-    for table, schema in SCHEMAS.items():
+    for table in SCHEMAS:
         if sql is None or table in sql.lower():
-            # Not schema.empty_table(), which loads pandas.
-            parts, files = (
-                [pa.Table.from_batches([], schema=schema)],
-                _read_files(list_files(results, table, job, trials), table),
-            )
-            # Joined as they come: a file's hundred columns take far more memory than their one row.
-            while some := list(itertools.islice(files, FILES_AT_ONCE)):
-                parts.append(pa.concat_tables(some, promote_options="default").combine_chunks())
-            connection.register(table, pa.concat_tables(parts, promote_options="default"))
+            connection.register(table, _read(results, table, None if job == "*" else job, trials))
+    return _close_in(connection)
+
+
+def open_views(results: Path, sql: str | None = None, *, every: bool = False) -> "duckdb.DuckDBPyConnection":
+    """As `open_tables`, with the ready views too.
+
+    With `sql`, only the tables and views that it names, and of them the columns it needs, or `every` one. Raises
+    JobError, and duckdb.Error for SQL that is none.
+    """
+    _check_folder(results)
+    import duckdb
+
+    from raylab.tables import SCHEMAS
+    from raylab.views import VIEWS, add_views, label_arms, list_needs, list_views, need_labels
+
+    connection = duckdb.connect()
+    needs = dict.fromkeys(SCHEMAS) if sql is None else list_needs(connection, sql)
+    for table in SCHEMAS:
+        if table in needs:
+            words = None if every else needs[table]
+            # One column at least, or the rows could not be counted.
+            columns = None if words is None else [n for n in SCHEMAS[table].names if n == "job" or n.lower() in words]
+            connection.register(table, _read(results, table, columns=columns))
+    views = list(VIEWS) if sql is None else list_views(sql)
+    try:
+        add_views(connection, label_arms(results) if need_labels(views) else None, views)
+    except DamagedError as error:
+        raise JobError([str(error)]) from None
+    return _close_in(connection)
+
+
+def _close_in(connection: "duckdb.DuckDBPyConnection") -> "duckdb.DuckDBPyConnection":
     connection.execute("set enable_external_access=false")
     connection.execute("set lock_configuration=true")
     return connection
 
 
-def _read_files(files: list[Path], table: str) -> "Iterator[pa.Table]":
-    """The files of a table. Raises JobError at one that is damaged: an answer without it would be another one."""
-    from raylab.tables import read_file
+def _read(
+    results: Path,
+    table: str,
+    job: str | None = None,
+    trials: "Collection[str] | None" = None,
+    columns: "Collection[str] | None" = None,
+) -> "pa.Table":
+    """A table's rows. Raises JobError at a file that is damaged: an answer without it would be another one."""
+    from raylab.snapshot import read_table
 
-    for path in files:
-        try:
-            yield read_file(path, table)
-        except DamagedError as error:
-            raise JobError([str(error)]) from None
+    try:
+        return read_table(results, table, job, trials, columns)
+    except DamagedError as error:
+        raise JobError([str(error)]) from None
 
 
 def query(results: Path, sql: str) -> "pa.Table":
-    """The answer to a query. Raises JobError where it is wrong, in one line."""
+    """The answer to a query, in which settings need no quotes. Raises JobError where it is wrong, in one line."""
     import duckdb
 
+    from raylab.statement import quote_settings
+    from raylab.tables import SETTING_COLUMNS
+
+    sql = quote_settings(sql, [*SETTING_COLUMNS, "search.targets"])
     try:
-        answer = open_tables(results, sql).sql(sql)
+        try:
+            answer = open_views(results, sql).sql(sql)
+        except duckdb.BinderException:  # what it names is no column, or one that only files of other versions have
+            answer = open_views(results, sql, every=True).sql(sql)
     except duckdb.Error as error:
         first = str(error).splitlines()[0]
         raise JobError([f"query: {first}; 'raylab query --list' shows the tables and their columns"]) from None
@@ -80,17 +114,6 @@ def query(results: Path, sql: str) -> "pa.Table":
     except duckdb.Error as error:
         # An error in the rows themselves: its message could quote a cell.
         raise JobError([f"query: {type(error).__name__} while reading the rows; check casts and arithmetic"]) from None
-
-
-def list_files(results: Path, table: str, job: str = "*", trials: "Collection[str] | None" = None) -> list[Path]:
-    """The files of a table over all jobs, or one; of all trials, or some."""
-    files = sorted(results.glob(f"{job}/{table}/*.parquet"))
-    files = [path for path in files if not path.name.startswith(".") and not path.parts[-3].startswith("_")]
-    if trials is None:
-        return files
-    # Behind the first dot of a file's name stands what sets apart several files of one trial.
-    stems = {trial_id.replace(":", "_") for trial_id in trials}
-    return [path for path in files if path.name.partition(".")[0] in stems]
 
 
 def list_jobs(results: Path) -> list[str]:
@@ -116,12 +139,25 @@ def summarise_jobs(results: Path, name: str | None = None) -> list[dict[str, Any
     _check_folder(results)
     if name is not None:
         find_job(results, name)
-    found: dict[str, list[dict[str, Any]]] = {job: [] for job in list_jobs(results)}
-    for path in list_files(results, "trials"):
-        job = path.parts[-3]
-        if name in (None, job):
-            found.setdefault(job, []).append(_read_summary(path))
-    return [_summarise(results, job, rows) for job, rows in sorted(found.items()) if name in (None, job)]
+    names = {*list_jobs(results), *list_folders(results, "trials")} if name is None else {name}
+    found = {job: _read_summaries(results, job) for job in sorted(names)}
+    kept = set(list_jobs(results))
+    return [_summarise(results, job, rows) for job, rows in found.items() if rows or job in kept]
+
+
+def _read_summaries(results: Path, job: str) -> list[dict[str, Any]]:
+    """The summaries of a job's trials; what is damaged is told as a trial's last error."""
+    found = {}
+    for path in list_loose(results, job, "trials"):
+        with contextlib.suppress(FileNotFoundError):  # packed meanwhile
+            found[path.stem] = _read_summary(path)
+    rows = list(found.values())
+    try:
+        for pack, names in choose_rows(results, job, "trials", found):
+            rows += [pack.summaries[name] for name in names]
+    except DamagedError as error:
+        rows.append(_describe_damage(error))
+    return rows
 
 
 def _read_summary(path: Path) -> dict[str, Any]:
@@ -133,7 +169,11 @@ def _read_summary(path: Path) -> dict[str, Any]:
     try:
         return summarise_trial(path)
     except DamagedError as error:
-        return dict.fromkeys(COLUMNS) | {"arm": path.stem, "error": str(error), "updated_at": 2**62}
+        return _describe_damage(error)
+
+
+def _describe_damage(error: DamagedError) -> dict[str, Any]:
+    return dict.fromkeys(COLUMNS) | {"arm": error.path.stem, "error": str(error), "updated_at": 2**62}
 
 
 STATES = ("complete", "running", "stopped", "failed", "infeasible")

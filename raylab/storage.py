@@ -19,6 +19,8 @@ from raylab.mistakes import STORAGE, JobError, RemoteError
 
 NOTE = ".storage"
 LOG = "log.txt"
+# The folder of a job with its packs (see packs.py).
+PACKS = "_packed"
 # Where a file appears whole at the end of its upload; elsewhere it is written beside and renamed.
 WHOLE = ("s3", "gcs", "abfs")
 # Files on their way at once.
@@ -211,6 +213,19 @@ def remove(results: Path, path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
+def remove_same(results: Path, path: Path) -> bool:
+    """Deletes a file, here and at the URL of a mirror; False, and nothing is done, where another one stands there."""
+    remote = _find(results)
+    if remote is not None:
+        with contextlib.suppress(FileNotFoundError), _asking(remote):
+            place = f"{remote.base}/{_name(results, path)}"
+            if _differs(path, remote.filesystem.get_file_info(place)):
+                return False
+            remote.filesystem.delete_file(place)
+    path.unlink(missing_ok=True)
+    return True
+
+
 def publish(results: Path, scratch: Path, path: Path) -> None:
     """Renames a file that was written beside into place, for all to see; that of a mirror is first put at its URL."""
     remote = _find(results)
@@ -248,10 +263,9 @@ def fetch_files(results: Path, files: Mapping[Path, Path]) -> None:
             _each(lambda item: _get(remote, _name(results, item[0]), item[1]), files.items())
 
 
-def _each(act: Any, items: Any) -> None:
+def _each(act: Any, items: Any) -> list[Any]:
     with ThreadPoolExecutor(STREAMS) as pool:
-        for _ in pool.map(act, items):
-            pass
+        return list(pool.map(act, items))
 
 
 def _lock(results: Path) -> FileLock:
@@ -278,26 +292,34 @@ def pull(results: Path, job: str | None = None) -> None:
             jobs = {info.base_name for info in listed(remote.base, False) if info.type == FileType.Directory}
             jobs |= {path.name for path in results.glob("*/")}
         for name in sorted(name for name in jobs if name and name[0] not in "._"):
-            found = {info.path[len(remote.base) + 1 :]: info for info in listed(f"{remote.base}/{name}", True)}
-            files = {name: info for name, info in found.items() if info.type == FileType.File and _is_kept(name)}
-            _take(remote, results, files)
+            while True:
+                # Packs again, last: what was packed while the others were listed is in one by then.
+                infos = [item for part in ("", f"/{PACKS}") for item in listed(f"{remote.base}/{name}{part}", True)]
+                found = {info.path[len(remote.base) + 1 :]: info for info in infos}
+                files = {name: info for name, info in found.items() if info.type == FileType.File and _is_kept(name)}
+                if _take(remote, results, files):
+                    break
             for path in list((results / name).rglob("*")):
                 if path.is_file() and _is_kept(_name(results, path)) and _name(results, path) not in files:
                     path.unlink(missing_ok=True)
 
 
-def pull_files(results: Path, paths: list[Path]) -> None:
-    """Brings some small files of a mirror up to date with its URL; nothing elsewhere."""
+def pull_files(results: Path, paths: list[Path], packs: Path) -> None:
+    """Brings some small files of a mirror, and a folder of packs, up to date with its URL; nothing elsewhere."""
     remote = _find(results)
     if remote is None:
         return
-    from pyarrow.fs import FileType
+    from pyarrow.fs import FileSelector, FileType
 
-    names = [_name(results, path) for path in paths]
+    names, folder = [_name(results, path) for path in paths], f"{remote.base}/{_name(results, packs)}"
     with _lock(results), _asking(remote):
-        infos = remote.filesystem.get_file_info([f"{remote.base}/{name}" for name in names])
-        found = dict(zip(names, infos, strict=True))
-        _take(remote, results, {name: info for name, info in found.items() if info.type == FileType.File})
+        while True:
+            infos = remote.filesystem.get_file_info([f"{remote.base}/{name}" for name in names])
+            found = dict(zip(names, infos, strict=True))
+            listed = remote.filesystem.get_file_info(FileSelector(folder, allow_not_found=True))  # last, as in `pull`
+            packed = {info.path[len(remote.base) + 1 :]: info for info in listed if _is_kept(info.base_name)}
+            if _take(remote, results, {k: v for k, v in (found | packed).items() if v.type == FileType.File}):
+                break
         for name, info in found.items():
             if info.type == FileType.NotFound:
                 (results / name).unlink(missing_ok=True)
@@ -307,23 +329,29 @@ def _is_kept(name: str) -> bool:
     return not any(part.startswith(".") for part in name.split("/")) and not name.endswith(f"/{LOG}")
 
 
-def _take(remote: Remote, results: Path, found: Mapping[str, Any]) -> None:
-    """Gets the files that are new or were changed. A file here has the time that its original has there."""
+def _take(remote: Remote, results: Path, found: Mapping[str, Any]) -> bool:
+    """Gets the files that are new or were changed; False where one was gone meanwhile, as if it was packed.
+
+    A file here has the time that its original has there.
+    """
     newest = max((info.mtime_ns or 0 for info in found.values()), default=0)
 
-    def take(item: tuple[str, Any]) -> None:
+    def take(item: tuple[str, Any]) -> bool:
         name, info = item
         path = results / name
         scratch = path.with_name(f".{path.name}.pull")
-        with contextlib.suppress(FileNotFoundError):  # gone meanwhile
+        try:
             _get(remote, name, scratch)
-            time = info.mtime_ns or 0
-            if time > newest - UNSURE_NS:
-                time -= 1
-            os.utime(scratch, ns=(time, time))
-            os.replace(scratch, path)
+        except FileNotFoundError:
+            return False
+        time = info.mtime_ns or 0
+        if time > newest - UNSURE_NS and path.parent.name != PACKS:  # which are never changed
+            time -= 1
+        os.utime(scratch, ns=(time, time))
+        os.replace(scratch, path)
+        return True
 
-    _each(take, [(name, info) for name, info in found.items() if _differs(results / name, info)])
+    return all(_each(take, [(name, info) for name, info in found.items() if _differs(results / name, info)]))
 
 
 def _differs(path: Path, info: Any) -> bool:
@@ -349,20 +377,6 @@ def measure(results: Path, folder: str) -> dict[str, int] | None:
                 name = info.path[len(place) + 1 :].partition("/")[0]
                 sizes[name] = sizes.get(name, 0) + info.size
     return sizes
-
-
-def open_log(results: Path, job: str, *, own: bool = False) -> Path:
-    """The file with what a job's driver has said. Of a URL it is a copy; the driver's `own` goes on in its mirror."""
-    path = results / job / LOG
-    if _find(results) is None:
-        return path
-    copy = path.with_name(f".{LOG}")
-    with contextlib.suppress(FileNotFoundError):
-        fetch_files(results, {path: copy})
-        # Killed before its last lines were put there, a driver has more of it than the URL.
-        if own and (not path.exists() or path.stat().st_size < copy.stat().st_size):
-            os.replace(copy, path)
-    return path if own else copy
 
 
 @contextlib.contextmanager

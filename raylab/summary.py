@@ -6,10 +6,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-# For `status`, and for the judgement of early stopping.
+# For `status`, the judgement of early stopping, and queries over arms and seeds.
 COLUMNS = (
-    "trial_id", "arm", "phase", "seed", "status", "rung", "rung_values", "measures", "data_digest", "wall_seconds",
-    "error", "started_at", "updated_at",
+    "job", "trial_id", "arm", "phase", "seed", "status", "rung", "num_rungs", "rung_values", "measures",
+    "data_digest", "wall_seconds", "error", "started_at", "updated_at",
 )  # fmt: skip
 TIMES = ("started_at", "updated_at")
 # Not ASCII, as all values are: no value can hold it.
@@ -27,24 +27,30 @@ def encode_summary(row: Mapping[str, Any]) -> str:
 
 
 def read_summary(path: Path) -> dict[str, Any] | None:
-    """The summary in a file of `trials`; None where an older raylab wrote none, or the file is cut short.
+    """The summary in a file of `trials`; None where an older raylab wrote none, or the file is cut short."""
+    data = path.read_bytes()
+    values = find_note(data, KEY) if data.endswith(b"PAR1") else None
+    return values if isinstance(values, dict) and values.keys() == set(COLUMNS) else None
+
+
+def find_note(data: bytes, key: str) -> Any:
+    """The JSON value that a Parquet footer holds under a key; None where there is none, or it is cut short.
 
     To parse the whole footer, a hundred columns, takes ten times as long: with thousands of trials that is noticed.
     The footer is Thrift's compact form: behind the key stand a type byte, the value's length in groups of seven bits,
     lowest first, and the value. Nothing behind the key can hold it again, hence the last one in the file is it.
     """
-    data, key = path.read_bytes(), KEY.encode()
-    start = data.rfind(key)
-    if start < 0 or not data.endswith(b"PAR1"):
+    encoded = key.encode()
+    start = data.rfind(encoded)
+    if start < 0:
         return None
-    place, length, shift = start + len(key) + 1, 0, 0
+    place, length, shift = start + len(encoded) + 1, 0, 0
     try:
         while True:
             length |= (data[place] & 0x7F) << shift
             place, shift = place + 1, shift + 7
             if data[place - 1] < 0x80:
                 break
-        values = json.loads(data[place : place + length])
+        return json.loads(data[place : place + length])
     except (IndexError, ValueError):
         return None
-    return values if isinstance(values, dict) and values.keys() == set(COLUMNS) else None

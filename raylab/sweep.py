@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 from raylab.baselines import score_baselines
 from raylab.blocks import PARTS
 from raylab.checkpoints import note_disk, prune_checkpoints
+from raylab.compaction import MANY, compact_job
 from raylab.corpus import SplitCorpus
 from raylab.driver import claim_job, read_stop, request_stop
 from raylab.hygiene import check_corpus, keep_hygiene
 from raylab.identity import name_trial
 from raylab.jobs import dump_yaml
 from raylab.judge import decide
+from raylab.logs import open_log
 from raylab.mistakes import BusyError, InfeasibleError, Interrupted, JobError, find_storage_problem
 from raylab.preparation import Preparation, make_spec, name_point, prepare
 from raylab.pretrain import make_units, open_data
@@ -27,7 +29,7 @@ from raylab.results import open_tables
 from raylab.schedule import LOOK_SECONDS, Schedule
 from raylab.search import Request, Search, list_refused
 from raylab.specs import Job
-from raylab.storage import open_log, publish, pull, remove
+from raylab.storage import publish, pull, remove
 from raylab.tables import now, write_rows
 from raylab.trial import run_trial, set_threads
 
@@ -122,6 +124,10 @@ def _run_job(
         if schedule.why is None:
             prune_checkpoints(results, job)
         if not schedule.storage_failed:
+            # What can't be packed now can be later: nothing of it is lost.
+            with contextlib.suppress(OSError, JobError):
+                if packed := sum(compact_job(results, job.name, MANY).values()):
+                    progress.note(f"{packed:,} small files of the tables are packed")
             note_disk(results, job.name)
     return Ended(dict(progress.states), schedule.why, schedule.by_limit)
 

@@ -1,6 +1,7 @@
 """The result tables: their columns, and whole-file writes that readers never see half of."""
 
 import contextlib
+import functools
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -9,12 +10,14 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pyarrow.parquet.core import ParquetReader
 
 from raylab.explanations import inner_types
 from raylab.identity import canonical, digest
 from raylab.mistakes import DamagedError
+from raylab.packs import choose_rows, find_packed, identify, list_loose, open_pack, sharing
 from raylab.settings import SETTINGS
-from raylab.storage import publish, pull_files
+from raylab.storage import PACKS, publish, pull_files
 from raylab.summary import COLUMNS, KEY, TIMES, encode_summary, read_summary
 
 _text, _int, _float = pa.string(), pa.int64(), pa.float64()
@@ -130,7 +133,8 @@ def write_rows(
     summary = encode_summary(plain[0]) if table == "trials" and plain else None
     try:
         scratch.write_bytes(_encode_rows(plain, schema, summary))
-        publish(results, scratch, path)
+        with sharing(results, job):
+            publish(results, scratch, path)
     except OSError:
         # A disk that is full stays usable.
         scratch.unlink(missing_ok=True)
@@ -150,55 +154,153 @@ def _encode_rows(rows: list[dict[str, Any]], schema: pa.Schema, summary: str | N
     return stream.getvalue()
 
 
-def read_file(path: Path, table: str) -> pa.Table:
+def read_file(path: Path, table: str, columns: Collection[str] | None = None) -> pa.Table:
     """A file's rows: today's columns first, null where an older raylab did not write them, then columns it had more.
 
-    The file is opened once, so that rows are never of two versions; and without pyarrow's datasets, which load pandas.
-    Raises DamagedError where it is not the file that was written.
+    With `columns`, those alone. The file is opened once, so that rows are never of two versions; and without pyarrow's
+    datasets, which load pandas. Raises DamagedError where it is not the file that was written.
     """
-    schema = SCHEMAS[table]
     try:
+        data = pa.BufferReader(path.read_bytes())
+        found = _read_at(data, table, frozenset(columns)) if columns is not None else None
+        if found is not None:
+            return found
         # Threads cost more than they bring in files of a few rows.
-        found = pq.ParquetFile(path, page_checksum_verification=True).read(use_threads=False)
+        file = pq.ParquetFile(data, page_checksum_verification=True)
+        found = file.read(columns=None if columns is None else list(columns), use_threads=False)
     except FileNotFoundError:
         raise
     except (pa.ArrowException, OSError) as error:
         raise DamagedError(path) from error
+    return _arrange(found, SCHEMAS[table], columns)
+
+
+@functools.lru_cache(maxsize=64)
+def _place(table: str, columns: frozenset[str]) -> tuple[list[int], pa.Schema]:
+    schema = SCHEMAS[table]
+    places = [index for index, name in enumerate(schema.names) if name in columns]
+    return places, pa.schema([schema.field(index) for index in places])
+
+
+def _read_at(data: pa.BufferReader, table: str, columns: frozenset[str]) -> pa.Table | None:
+    """Some columns, found by their places in today's files; None where they aren't there.
+
+    Of a small file, what ParquetFile makes to find columns by name takes as long as to read them.
+    """
+    places, schema = _place(table, columns)
+    try:
+        reader = ParquetReader()
+        reader.open(data, page_checksum_verification=True)
+        found = reader.read_all(column_indices=places, use_threads=False)
+    except (pa.ArrowException, OSError, IndexError):
+        data.seek(0)
+        return None
+    if found.schema.equals(schema):
+        return found
+    data.seek(0)
+    return None
+
+
+def _arrange(found: pa.Table, schema: pa.Schema, columns: Collection[str] | None) -> pa.Table:
+    if columns is not None:
+        schema = pa.schema([field for field in schema if field.name in columns])
     if found.schema.equals(schema):
         return found
     more = [field for field in found.schema if field.name not in schema.names]
-    columns = [
+    arrays = [
         found[field.name].cast(field.type)
         if field.name in found.column_names
         else pa.chunked_array([pa.nulls(len(found), field.type)])
         for field in (*schema, *more)
     ]
     # Not pa.table(): to see whether it was given a data frame, it loads pandas.
-    return pa.Table.from_arrays(columns, schema=pa.schema([*schema, *more]))
+    return pa.Table.from_arrays(arrays, schema=pa.schema([*schema, *more]))
 
 
-def _read_file(path: Path, table: str) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = read_file(path, table).select(SCHEMAS[table].names).to_pylist()
+def read_pack(path: Path, table: str, columns: Collection[str] | None = None) -> pa.Table:
+    """A pack's rows, as `read_file` gives them, but text as codes of a dictionary: a tenth of the time and memory.
+
+    Raises FileNotFoundError and DamagedError.
+    """
+    try:
+        with path.open("rb") as stream:
+            names = pq.ParquetFile(stream).schema_arrow
+            texts = [field.name for field in names if pa.types.is_string(field.type)]
+            stream.seek(0)
+            file = pq.ParquetFile(stream, read_dictionary=texts, page_checksum_verification=True)
+            found = file.read(columns=None if columns is None else [c for c in columns if c in names.names])
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError) as error:
+        raise DamagedError(path) from error
+    return _arrange(found, encode_schema(SCHEMAS[table]), columns)
+
+
+def check_pack(path: Path, table: str) -> None:
+    """Raises DamagedError where a pack can't be read as it was written."""
+    if sum(count for _, count in open_pack(path).rows.values()) != len(read_pack(path, table)):
+        raise DamagedError(path)
+
+
+def encode_schema(schema: pa.Schema) -> pa.Schema:
+    """A schema with text as codes of a dictionary."""
+    coded = pa.dictionary(pa.int32(), _text)
+    return pa.schema([field.with_type(coded) if pa.types.is_string(field.type) else field for field in schema])
+
+
+@functools.lru_cache(maxsize=len(SCHEMAS))
+def _read_whole_pack(path: Path, identity: tuple[int, int, int]) -> pa.Table:
+    """A pack's rows, kept: who reads one trial of it reads others. Packs are never changed."""
+    return read_pack(path, path.stem.split("-")[0])
+
+
+def read_pieces(results: Path, job: str, table: str, name: str) -> pa.Table | None:
+    """The rows of a file by its name, without ending: from the file, else from a pack; None where never written."""
+    try:
+        return read_file(results / job / table / f"{name}.parquet", table)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    while True:
+        pack = find_packed(results, job, table, name)
+        if pack is None:
+            return None
+        with contextlib.suppress(FileNotFoundError):  # else replaced by a newer one meanwhile
+            return _read_whole_pack(pack.path, identify(pack.path)).slice(*pack.rows[name])
+
+
+def list_names(results: Path, job: str, table: str) -> list[str]:
+    """The names of all files of a table, without ending, loose or packed."""
+    loose = {path.name.removesuffix(".parquet") for path in list_loose(results, job, table)}
+    return sorted(loose.union(*(names for _, names in choose_rows(results, job, table, loose))))
+
+
+def _to_rows(found: pa.Table, table: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = found.select(SCHEMAS[table].names).to_pylist()
     return rows
 
 
 def pull_trial(results: Path, job: str, trial_id: str) -> None:
     """Brings a trial's rows up to date where the results mirror a URL."""
-    pull_files(results, [table_path(results, job, table, trial_id) for table in SCHEMAS if table != "unseals"])
+    paths = [table_path(results, job, table, trial_id) for table in SCHEMAS if table != "unseals"]
+    pull_files(results, paths, results / job / PACKS)
 
 
 def read_trial(results: Path, job: str, trial_id: str) -> dict[str, Any] | None:
     """A trial's row of `trials`, or None."""
-    path = table_path(results, job, "trials", trial_id)
-    if not path.is_file():
-        return None
-    return _read_file(path, "trials")[0]
+    rows = read_rows(results, job, "trials", trial_id)
+    return rows[0] if rows else None
 
 
 def read_rows(results: Path, job: str, table: str, trial_id: str, suffix: str = "") -> list[dict[str, Any]]:
     """A trial's rows of a table; none where it has not written yet."""
-    path = table_path(results, job, table, trial_id, suffix)
-    return _read_file(path, table) if path.is_file() else []
+    found = read_pieces(results, job, table, table_path(results, job, table, trial_id, suffix).stem)
+    return [] if found is None else _to_rows(found, table)
+
+
+def is_written(results: Path, job: str, table: str, trial_id: str) -> bool:
+    """Whether a trial has written a table, if only that it has no rows."""
+    path = table_path(results, job, table, trial_id)
+    return path.is_file() or find_packed(results, job, table, path.stem) is not None
 
 
 def summarise_trial(path: Path) -> dict[str, Any]:
@@ -216,20 +318,22 @@ def summarise_trial(path: Path) -> dict[str, Any]:
 
 def list_summaries(results: Path, job: str, *, skip_damaged: bool = False) -> list[dict[str, Any]]:
     """A job's trials as `summarise_trial` tells of them, in the order of their start."""
-    paths = [path for path in (results / job / "trials").glob("*.parquet") if not path.name.startswith(".")]
-    found = []
-    for path in paths:
-        with contextlib.suppress(*([DamagedError] if skip_damaged else [])):
-            found.append(summarise_trial(path))
-    return sorted(found, key=lambda row: (row["started_at"] or 0, row["trial_id"]))
+    found: dict[str, dict[str, Any]] = {}
+    damaged = contextlib.suppress(*([DamagedError] if skip_damaged else []))
+    for path in list_loose(results, job, "trials"):
+        with damaged, contextlib.suppress(FileNotFoundError):  # packed meanwhile
+            found[path.stem] = summarise_trial(path)
+    with damaged:
+        for pack, names in choose_rows(results, job, "trials", found):
+            found |= {name: pack.summaries[name] for name in names}
+    return sorted(found.values(), key=lambda row: (row["started_at"] or 0, row["trial_id"]))
 
 
 def list_trials(results: Path, job: str) -> Iterator[dict[str, Any]]:
     """Every row of a job's `trials`, in the order of their start."""
-    rows = [
-        row
-        for path in sorted((results / job / "trials").glob("*.parquet"))
-        if not path.name.startswith(".")
-        for row in _read_file(path, "trials")
-    ]
-    yield from sorted(rows, key=lambda row: (row["started_at"], row["trial_id"]))
+    rows = {}
+    for name in list_names(results, job, "trials"):
+        found = read_pieces(results, job, "trials", name)
+        if found is not None:
+            rows[name] = _to_rows(found, "trials")[0]
+    yield from sorted(rows.values(), key=lambda row: (row["started_at"], row["trial_id"]))

@@ -8,13 +8,14 @@ from typing import Any
 
 from raylab.jobs import load_job
 from raylab.mistakes import BusyError, JobError
+from raylab.packs import list_folders
 from raylab.preparation import find_last_rung, make_spec, prepare
 from raylab.pretrain import open_data, start_rung, train_rung
 from raylab.results import find_job
 from raylab.rungs import list_rungs
 from raylab.search import read_values
 from raylab.storage import name_results
-from raylab.tables import read_trial
+from raylab.tables import list_names, read_trial
 from raylab.trial import set_threads
 
 BASELINE = "baseline:"
@@ -26,9 +27,9 @@ def find_trial(results: Path, trial_id: str, what: str) -> dict[str, Any]:
     """The row of `trials` of a complete trial. Raises JobError, whose lines start with `what`, naming the nearest."""
     found: list[dict[str, Any]] = []
     known: set[str] = set()
-    for folder in sorted(path for path in results.glob("*/trials") if not path.parent.name.startswith("_")):
-        known |= {path.stem for path in folder.glob("[!.]*.parquet") if not path.stem.startswith("baseline_")}
-        row = read_trial(results, folder.parent.name, trial_id)
+    for job in list_folders(results, "trials"):
+        known |= {name for name in list_names(results, job, "trials") if not name.startswith("baseline_")}
+        row = read_trial(results, job, trial_id)
         found += [] if row is None else [row]
     complete = [row for row in found if row["status"] == "complete"]
     if complete and complete[0]["arm"].startswith(BASELINE):

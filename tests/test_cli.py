@@ -636,10 +636,14 @@ def test_query_lists_the_tables_without_a_folder(folder: Path, capfd: pytest.Cap
     answer = Answer(capfd, "query", "--list", "--format", "json", "--results", "gone")
     assert answer.code == 0
     rows = json.loads(answer.out)
-    assert {"table": "trials", "column": "pretrain.declutr.max_span", "type": "int64"} in rows
-    assert {row["table"] for row in rows} == {
+    assert {"table": "trials", "column": "pretrain.declutr.max_span", "type": "int64", "about": None} in rows
+    assert {"table": "arms", "column": "seeds", "type": "int64", "about": None} in rows
+    about = {row["table"]: row["about"] for row in reversed(rows)}
+    assert about.keys() == {
         "trials", "scores", "confusions", "geometry", "curves", "stages", "hygiene", "unseals",
+        "seeds", "arms", "best", "effects", "cost",
     }  # fmt: skip
+    assert all(about.values())
 
 
 def test_status_of_an_empty_folder(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -29,6 +29,7 @@ from raylab.search import Search
 from raylab.settings import list_settings, with_settings
 from raylab.specs import Choices, Job
 from raylab.tables import SCHEMAS
+from raylab.views import VIEWS
 
 ROOT = Path(__file__).resolve().parent.parent
 # Paths in a job are resolved, and the folder may be a link.
@@ -259,7 +260,7 @@ def test_the_readme_lists_every_command_with_options_that_it_has():
 
 def test_the_readme_lists_the_tables_and_names_only_what_is_there():
     tables = README.partition("## Tables")[2].partition("\n## ")[0]
-    assert set(re.findall(r"^\| `(\w+)` \|", tables, re.MULTILINE)) == set(SCHEMAS)
+    assert set(re.findall(r"^\| `(\w+)` \|", tables, re.MULTILINE)) == {*SCHEMAS, *VIEWS}
     for name in re.findall(r"`raylab\.(\w+)\.(\w+)`", README):
         assert hasattr(importlib.import_module(f"raylab.{name[0]}"), name[1])
     # Files of the project: not of what is made up in examples, nor what a run writes.

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,13 +15,14 @@ import pytest
 from rich.console import Console
 
 from raylab import driver, storage, sweep
+from raylab.compaction import compact_job, compact_results
 from raylab.driver import claim_job, has_lost, read_stop, read_token, request_stop
 from raylab.jobs import dump_yaml, load_job
 from raylab.mistakes import JobError, RemoteError, SupersededError, find_storage_problem
 from raylab.preparation import make_spec, prepare
 from raylab.progress import SweepProgress
 from raylab.repair import repair_job
-from raylab.results import find_job, open_tables, summarise_jobs
+from raylab.results import find_job, open_tables, query, summarise_jobs
 from raylab.stages import (
     FOLDER,
     build_stage,
@@ -243,6 +245,73 @@ def test_a_damaged_table_is_set_aside_there_too(mirror, url):
     assert list(list_remote(url, "j/")) == ["j/scores/.damaged-t0.parquet"]
     pull(results)
     assert read_scores(results, "t0") == []
+
+
+def count_versions(results):
+    """Trial -> its value in `scores`, each trial's rows once."""
+    rows = query(results, "select trial_id, min(value) as value, count(*) as rows from scores group by 1").to_pylist()
+    assert all(row["rows"] == 2 for row in rows)
+    return {row["trial_id"]: row["value"] for row in rows}
+
+
+def test_packed_tables_read_the_same_on_all_machines(mirror, url):
+    a, b = mirror("a"), mirror("b")
+    for number in range(4):
+        write_scores(a, f"t{number}", [1.0, 1.0])
+    pull(b)
+    time.sleep(2.1)  # see UNSURE_NS
+    write_scores(a, "t9", [1.0, 1.0])
+    expected = {f"t{number}": 1.0 for number in (0, 1, 2, 3, 9)}
+    (a / "j" / "job.yaml").write_text("name: j")
+    storage.push(a, a / "j" / "job.yaml")
+    (packed,) = compact_results(a, "j")
+    assert packed == ("j", {"scores": 5})
+    names = {name.split("/")[-1] for name in list_remote(url, "j/scores")}
+    assert names <= {"t9.parquet"}  # too new to be sure that nobody wrote it again
+    assert len(list_remote(url, "j/_packed/scores")) == 1
+    assert count_versions(a) == expected
+    for bring in (lambda results: pull_trial(results, "j", "t0"), pull, pull):
+        for results in (b, mirror("c")):
+            bring(results)
+            assert count_versions(results) == expected
+            assert [row["value"] for row in read_rows(results, "j", "scores", "t1")] == [1.0, 1.0]
+    write_scores(b, "t1", [2.0, 2.0])
+    pull(a)
+    assert count_versions(a) == expected | {"t1": 2.0}
+
+
+def test_a_pull_that_meets_compaction_sees_every_file(mirror, monkeypatch):
+    """What is gone by the time that it is fetched, or before it is listed, is in a pack."""
+    a, b = mirror("a"), mirror("b")
+    for number in range(4):
+        write_scores(a, f"t{number}", [1.0, 1.0])
+    time.sleep(2.1)
+    write_rows(a, "j", "curves", "t0", [{"step": 1}])
+    get, packed, first = storage._get, [], threading.Lock()
+
+    def meanwhile(remote, name, path):
+        with first:
+            if not packed:
+                packed.append(compact_job(a, "j"))
+        get(remote, name, path)
+
+    pull(a)
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "_get", meanwhile)
+        patch.setattr("raylab.compaction.pull", lambda *rest: None)  # a's is the same function
+        pull(b)
+    assert packed == [{"scores": 4}]
+    assert count_versions(b) == {f"t{number}": 1.0 for number in range(4)}
+
+
+def test_a_job_at_a_url_is_not_packed_while_it_runs(mirror):
+    a, b = mirror("a"), mirror("b")
+    (a / "j").mkdir(parents=True)
+    (a / "j" / "job.yaml").write_text("name: j")
+    storage.push(a, a / "j" / "job.yaml")
+    pull(b)
+    with claim_job(a, "j", 1.0), pytest.raises(JobError, match="is being run by process"):
+        list(compact_results(b, "j"))
 
 
 # --- stages

@@ -17,8 +17,9 @@ from raylab.tables import SCHEMAS, read_trial, table_path, write_rows
 
 START = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
 ROW: dict[str, Any] = {
-    "trial_id": "a-0", "arm": "a", "seed": 0, "phase": "fixed", "status": "failed", "rung": 1, "num_rungs": 2,
-    "wall_seconds": 1.5, "error": "it broke", "started_at": START, "updated_at": START + timedelta(seconds=9),
+    "job": "study", "trial_id": "a-0", "arm": "a", "seed": 0, "phase": "fixed", "status": "failed", "rung": 1,
+    "num_rungs": 2, "wall_seconds": 1.5, "error": "it broke", "started_at": START,
+    "updated_at": START + timedelta(seconds=9),
 }  # fmt: skip
 
 
