@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raylab.blocks import Source, Table, Task
-from raylab.readers import Part, SourceError, open_path, open_sql
+from raylab.files import Part, SourceError, open_path, open_sql
 
 MAX_NAMES = 40  # column names listed in a problem line
 SIDES = {"0": "0", "1": "1", "false": "0", "true": "1"}  # of a label with a column of its own
