@@ -29,7 +29,7 @@ from raylab.options import (
     read_overrides,
 )
 from raylab.output import Format, messages, output, print_rows, tell_submitted
-from raylab.questions import compare, correlate, effects
+from raylab.questions import compare, correlate, effects, write_optuna
 
 app = typer.Typer(
     add_completion=False,
@@ -246,6 +246,7 @@ app.command()(evaluate)
 app.command()(compare)
 app.command()(effects)
 app.command()(correlate)
+app.command("optuna")(write_optuna)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""The commands that ask what results show: compare, effects and correlate; `cli` takes them up."""
+"""The commands that ask what results show: compare, effects, correlate and optuna; `cli` takes them up."""
 
 import itertools
 from pathlib import Path
@@ -203,3 +203,18 @@ def correlate(
     rows = correlate_job(folder, _load(folder, name), metric)
     print_rows(rows, form)
     messages.print(f"{len(rows)} correlations: of so many, one in 20 intervals leaves out 0 by chance", highlight=False)
+
+
+def write_optuna(
+    name: Annotated[str, typer.Argument(help="the job's name")],
+    file: Annotated[Path | None, typer.Argument(help="the SQLite file to write; default: NAME.db here")] = None,
+    results: ResultsOption = RESULTS,
+) -> None:
+    """Write a job's arms as an Optuna study, and say how optuna-dashboard opens it; again while the job runs."""
+    from raylab.studies import write_study
+
+    folder = open_folder(results)
+    path = file or Path(f"{name}.db")
+    number = write_study(folder, _load(folder, name), path)
+    messages.print(f"{path}: {number} arms", highlight=False)
+    output.print(f"optuna-dashboard sqlite:///{path}", highlight=False, soft_wrap=True)

@@ -48,7 +48,7 @@ SAMPLERS: dict[str, Callable[[int, int, bool], optuna.samplers.BaseSampler]] = {
 }
 
 
-def _encode(value: Any) -> Any:
+def encode_choice(value: Any) -> Any:
     """A choice as Optuna takes it: scalars, or JSON text."""
     return canonical(value) if isinstance(value, list | dict) else value
 
@@ -61,7 +61,7 @@ def suggest_point(trial: optuna.Trial, job: Job) -> Values:
         if not is_active(job, name, values):
             continue
         if isinstance(entry, Choices):
-            coded = {_encode(choice): choice for choice in entry.choices}
+            coded = {encode_choice(choice): choice for choice in entry.choices}
             values[name] = coded[trial.suggest_categorical(name, list(coded))]
         elif is_integer(name) and entry.log:
             values[name] = trial.suggest_int(name, int(entry.low), int(entry.high), log=True)
@@ -82,5 +82,5 @@ def encode_point(job: Job, values: Mapping[str, Any]) -> Values:
         if isinstance(entry, Range) and not entry.log and (is_integer(name) or entry.step is not None):
             coded[name] = round((value - entry.low) / (entry.step or 1))
         else:
-            coded[name] = _encode(value)
+            coded[name] = encode_choice(value)
     return coded
