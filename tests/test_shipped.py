@@ -289,8 +289,8 @@ def test_the_pages_queries_can_be_asked_before_anything_ran(sql, tmp_path, capsy
 @pytest.mark.slow
 @pytest.mark.parametrize("sql", QUERIES)
 def test_the_pages_queries_answer(sql, tiny_run, capsys):
-    """With a task of MedQuAD in the place of the README's."""
-    sql = sql.replace("$$condition$$", "$$question_type$$")
+    """With a task of MedQuAD and the run's shots in the place of the README's."""
+    sql = sql.replace("$$condition$$", "$$question_type$$").replace("shots = 32", "shots = 8")
     assert call("query", sql, "--results", tiny_run.results, "--format", "csv") == 0
     assert len(capsys.readouterr().out.splitlines()) > 1
 
