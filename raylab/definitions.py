@@ -1,5 +1,6 @@
 """Every metric of an embedding space: what it is, where it is from, its unit and which way is better."""
 
+import math
 from typing import Literal, NamedTuple
 
 UNIFORMITY_T = 2.0
@@ -9,7 +10,18 @@ BINS = tuple(round(-1 + BIN_WIDTH * index, 1) for index in range(20))
 TWO_NN_DISCARD = 0.1
 ISOSCORE_SHRINKAGE = 0.2
 NUM_PERMUTATIONS = 20
-
+# What values of a unit can't leave: neither do the ends of an interval.
+BOUNDS = {
+    "share": (0.0, 1.0),
+    "coefficient": (-1.0, 1.0),
+    "cosine": (-1.0, 1.0),
+    "squared distance": (0.0, 4.0),
+    "ratio": (0.0, math.inf),
+    "dimensions": (0.0, math.inf),
+    "edges": (0.0, math.inf),
+    "components": (1.0, math.inf),
+    "nats": (-math.inf, 0.0),
+}
 
 Direction = Literal["max", "min", "none"]
 Reference = Literal["labels", "pairs", "gaussian"]
@@ -87,7 +99,7 @@ _SPACE = {
     ),
     "silhouette": Definition(
         "mean silhouette of the classes with cosine distance, from -1 to 1; higher: classes apart",
-        "Rousseeuw 1987, doi 10.1016/0377-0427(87)90125-7", "share", "max", "labels",
+        "Rousseeuw 1987, doi 10.1016/0377-0427(87)90125-7", "coefficient", "max", "labels",
     ),
     "davies_bouldin": Definition(
         "mean over classes of the largest ratio of two classes' mean distances to their centroids, summed, to the "
@@ -128,7 +140,7 @@ _MEASURES: dict[str, tuple[str, str, str, Direction, Reference, bool]] = {
     ),
     "modularity": (
         "modularity of the classes over the edges between points of known class; higher: edges stay in a class",
-        "Newman 2004, arXiv cond-mat/0309508, equation 5", "share", "max", "labels", False,
+        "Newman 2004, arXiv cond-mat/0309508, equation 5", "coefficient", "max", "labels", False,
     ),
 }  # fmt: skip
 

@@ -18,6 +18,7 @@ from raylab.cosines import Level, Space, centre, find_cosine, load_rows, sample_
 from raylab.definitions import (
     ALIGNMENT_ALPHA,
     BINS,
+    BOUNDS,
     DEFINITIONS,
     NUM_PERMUTATIONS,
     UNIFORMITY_T,
@@ -125,6 +126,8 @@ def measure_geometry(
             value = found[metric, parameter]
             others = [sample[metric, parameter] for sample in samples if (metric, parameter) in sample]
             low, high = _find_interval(value, others, definition.grows)
+            lowest, highest = BOUNDS[definition.unit]
+            low, high = max(low, lowest), min(high, highest)
             gaussian_value = gaussian.get((metric, parameter), math.nan)
             reference = gaussian_value if definition.reference == "gaussian" else value.floor
             values.append(GeometryValue(metric, parameter, value.value, value.num_points, reference, low, high))

@@ -11,7 +11,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from raylab import components, cosines, graphs, spaces
 from raylab.cosines import Level, Space, centre, cosines_of, find_cosine, load_rows, sample_pairs, scan
-from raylab.definitions import BINS, DEFINITIONS, ISOSCORE_SHRINKAGE, NUM_PERMUTATIONS
+from raylab.definitions import BINS, BOUNDS, DEFINITIONS, ISOSCORE_SHRINKAGE, NUM_PERMUTATIONS
 from raylab.geometry import SUBSAMPLE_SHARE, Options, code_classes, list_parameters, measure_geometry
 from raylab.graphs import compute_clustering, link_mutual, measure_classes, measure_graph, shuffle_classes
 
@@ -513,6 +513,17 @@ def test_what_grows_with_the_points_is_compared_a_point():
     x = np.eye(60, dtype=np.float32)
     row = measure(x, np.arange(60) % 2, Options((0.5,)), subsamples=5)["graph_components", 0.5]
     assert (row.low, row.value, row.high) == (60, 60, 60)
+
+
+def test_no_interval_leaves_what_a_value_can_be():
+    x, labels = build_case(1)
+    clipped = 0
+    for (metric, _), row in measure(x, labels, subsamples=5).items():
+        lowest, highest = BOUNDS[DEFINITIONS[metric].unit]
+        assert not row.low < lowest, metric
+        assert not row.high > highest, metric
+        clipped += row.low == lowest < row.value < row.high
+    assert clipped
 
 
 def test_very_short_and_very_long_rows_are_fine():
