@@ -16,7 +16,7 @@ from raylab.identity import canonical, decides_arm
 from raylab.mistakes import JobError
 from raylab.primary import BASE, WINNER, Declared, Named, read_arm, read_cell_target, read_primary
 from raylab.ranking import BASELINE, Interval, compute_interval, rank_arms, split_depths
-from raylab.results import list_ranked, open_tables
+from raylab.results import list_ranked, match_cell, open_tables
 from raylab.search import is_current, read_targets
 from raylab.settings import label_values, list_settings, resolve_target, with_settings
 from raylab.specs import Job, Target
@@ -56,16 +56,10 @@ def read_scores(
     connection = open_tables(results, "trials scores", job.name, ranked)
     found: ArmScores = {}
     for here, there in split_depths(results, job, dict(cell)):
-        conditions = " and ".join(
-            f"(t.arm like '{BASELINE}%' or s.{key} is not distinct from ?)"
-            if key in ("frozen_layers", "probe")
-            else f"s.{key} is not distinct from ?"
-            for key in here
-        )
         rows = connection.execute(
             f"""
             select t.arm, t.seed, s.draw, s.value from scores s join trials t using (job, trial_id)
-            where job = ? and s.split = ? and s.rung = t.num_rungs and s.value is not null and {conditions}
+            where job = ? and s.split = ? and s.rung = t.num_rungs and s.value is not null and {match_cell(here)}
             order by t.arm, t.seed, s.draw
             """,
             [job.name, split, *here.values()],

@@ -220,25 +220,31 @@ class SeedValue(NamedTuple):
     value: float
 
 
-def read_cell(results: Path, job: str, table: str, cell: dict[str, Any], split: str = "validation") -> list[SeedValue]:
-    """The values of a cell of `scores` or `geometry` by arm and seed: last rung, ranked phases, mean over draws.
+def match_cell(cell: "Collection[str]") -> str:
+    """SQL that a row `s` of a trial `t` is of a cell, whose values follow in its order.
 
-    Only trials that ran to the end count; of an adaptive search only confirmed ones. Baselines have no depth and no
-    probe, so for them those parts of the cell are left out.
+    Baselines have no depth and no probe, so for them those parts of the cell are left out.
     """
-    ranked = [row["trial_id"] for row in list_ranked(results, job)]
-    connection = open_tables(results, f"trials {table}", job, ranked)
-    conditions = " and ".join(
+    return " and ".join(
         f"(t.arm like 'baseline:%' or s.{key} is not distinct from ?)"
         if key in ("frozen_layers", "probe")
         else f"s.{key} is not distinct from ?"
         for key in cell
     )
+
+
+def read_cell(results: Path, job: str, table: str, cell: dict[str, Any], split: str = "validation") -> list[SeedValue]:
+    """The values of a cell of `scores` or `geometry` by arm and seed: last rung, ranked phases, mean over draws.
+
+    Only trials that ran to the end count; of an adaptive search only confirmed ones.
+    """
+    ranked = [row["trial_id"] for row in list_ranked(results, job)]
+    connection = open_tables(results, f"trials {table}", job, ranked)
     rows = connection.execute(
         f"""
         select t.arm, t.seed, avg(s.value) as value
         from {table} s join trials t using (job, trial_id)
-        where job = ? and s.split = ? and s.rung = t.num_rungs and {conditions}
+        where job = ? and s.split = ? and s.rung = t.num_rungs and {match_cell(cell)}
         group by t.arm, t.seed order by t.arm, t.seed
         """,
         [job, split, *cell.values()],
