@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from raylab.specs import TrialSpec
+from raylab.job.specs import TrialSpec
 
 RUNGS = 3
 CPUS = 2
@@ -16,9 +16,9 @@ CPUS = 2
 @functools.cache
 def open_bare(text: str) -> tuple[TrialSpec, list[Path], list[Path]]:
     """The spec of the pre-trained trial, its rungs' encoders and their embeddings, once a process."""
-    from raylab.rungs import list_rungs
-    from raylab.stages import FOLDER
-    from raylab.tables import read_rows
+    from raylab.results.tables import read_rows
+    from raylab.store.stages import FOLDER
+    from raylab.training.rungs import list_rungs
 
     spec = TrialSpec.model_validate_json(text)
     root = Path(spec.results) / FOLDER
@@ -31,9 +31,9 @@ def open_bare(text: str) -> tuple[TrialSpec, list[Path], list[Path]]:
 
 def open_bare_states(folder: str, spec: TrialSpec, encoder: str, model: Any, store: Any, rows: Any, depth: str) -> Any:
     """Hidden states at a freeze depth, kept in the sweep's folder as a user would keep them."""
-    from raylab.activations import keep_states, open_states
-    from raylab.stages import FOLDER, read_info
-    from raylab.tokens import Vocabulary
+    from raylab.data.tokens import Vocabulary
+    from raylab.evaluation.activations import keep_states, open_states
+    from raylab.store.stages import FOLDER, read_info
 
     vocabulary = Vocabulary(**read_info(Path(spec.results) / FOLDER / spec.tokenizer))
     key = {"encoder": encoder, "rows": rows.tolist()}
@@ -47,9 +47,9 @@ def run_bare_trial(config: dict[str, Any]) -> None:
     import numpy as np
     from ray import tune
 
-    from raylab.encoder import choose_device, load_encoder
-    from raylab.evaluation import measure_task
-    from raylab.trial import set_threads
+    from raylab.evaluation.evaluation import measure_task
+    from raylab.runs.trial import set_threads
+    from raylab.training.encoder import choose_device, load_encoder
 
     spec, rungs, embedded = open_bare(config["spec"])
     set_threads(1)

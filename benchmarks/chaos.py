@@ -28,8 +28,8 @@ import numpy as np
 from job import list_family
 from tiny import make_job, start_raylab, write_job, write_tiny_notes
 
-from raylab.specs import Job
-from raylab.tables import list_names, read_pieces
+from raylab.job.specs import Job
+from raylab.results.tables import list_names, read_pieces
 
 KINDS = ("driver", "driver_and_children", "trial", "raylet")
 MARKS = {"trial": b"ray::ImplicitFunc", "raylet": b"raylet/raylet"}

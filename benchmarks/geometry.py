@@ -21,8 +21,8 @@ import networkx as nx
 import numpy as np
 import torch
 
-from raylab.cosines import Level, Space, find_cosine, load_rows, sample_pairs, scan
-from raylab.geometry import GeometryValue, Options, measure_geometry
+from raylab.measures.cosines import Level, Space, find_cosine, load_rows, sample_pairs, scan
+from raylab.measures.geometry import GeometryValue, Options, measure_geometry
 
 WIDTH = 768
 NUM_CLASSES = 50

@@ -16,10 +16,10 @@ import threading
 import time
 from pathlib import Path
 
-from raylab.jobs import load_job
-from raylab.preparation import name_point, prepare
-from raylab.ranking import list_cells, rank_arms, summarise_heldout
-from raylab.results import open_tables
+from raylab.job.jobs import load_job
+from raylab.results.queries import open_tables
+from raylab.results.ranking import list_cells, rank_arms, summarise_heldout
+from raylab.runs.preparation import name_point, prepare
 
 
 def list_family(pid: int) -> set[int]:

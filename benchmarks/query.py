@@ -26,9 +26,9 @@ from typing import Any
 
 import numpy as np
 
-from raylab.compaction import compact_job, compact_results
-from raylab.results import open_views, query
-from raylab.tables import write_rows
+from raylab.results.compaction import compact_job, compact_results
+from raylab.results.queries import open_views, query
+from raylab.results.tables import write_rows
 
 SEEDS = 10
 TASKS = ("question_type", "semantic_type")

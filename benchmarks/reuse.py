@@ -22,11 +22,11 @@ from typing import Any
 
 from tiny import TASKS, make_job, start_raylab, write_job, write_tiny_notes
 
-from raylab.preparation import make_spec, prepare
-from raylab.results import open_tables
-from raylab.settings import dump_spec
-from raylab.specs import Job, TrialSpec
-from raylab.stages import FOLDER
+from raylab.job.settings import dump_spec
+from raylab.job.specs import Job, TrialSpec
+from raylab.results.queries import open_tables
+from raylab.runs.preparation import make_spec, prepare
+from raylab.store.stages import FOLDER
 
 RATES = {"first": (1e-3, 2e-3, 3e-3, 4e-3), "second": (3e-3, 4e-3, 5e-3, 6e-3)}
 SHOTS = (2, 8)
@@ -98,7 +98,7 @@ def warm_up(text: str, folder: str, ready: Any) -> None:
 
 def run_scratch(text: str, inputs: str, name: str) -> None:
     """A trial in a results folder that holds the corpus and its tokens alone."""
-    from raylab.trial import run_trial, set_threads
+    from raylab.runs.trial import run_trial, set_threads
 
     set_threads(1)
     spec = TrialSpec.model_validate_json(text)

@@ -11,7 +11,7 @@ import time
 import numpy as np
 from numpy.typing import NDArray
 
-from raylab.spans import sample_spans
+from raylab.training.spans import sample_spans
 
 NUM_REPEATS = 5
 

@@ -25,7 +25,7 @@ from typing import Any
 from bare import CPUS, RUNGS, run_bare
 from tiny import make_job, start_raylab, write_job, write_tiny_notes
 
-from raylab.specs import Job, TrialSpec
+from raylab.job.specs import Job, TrialSpec
 
 # Trials of a run that are left out of its steady state: processes start and import with the first.
 WARM_UP = 20
@@ -57,8 +57,8 @@ def run_timed(job: Job, results: Path) -> list[float]:
     """Runs a job and returns when each of its trials ended, in seconds from the start, then the whole."""
     from rich.console import Console
 
-    from raylab.progress import SweepProgress
-    from raylab.sweep import run_job
+    from raylab.runs.progress import SweepProgress
+    from raylab.runs.sweep import run_job
 
     started, ends = time.perf_counter(), []
 
@@ -85,8 +85,8 @@ def steady_ms(ends: list[float]) -> float:
 
 def time_decision(text: str, job: Job, results: Path) -> float:
     """Median milliseconds in which a trial judges, after its second rung, whether it goes on beside all the others."""
-    from raylab.judge import decide
-    from raylab.tables import list_trials
+    from raylab.results.tables import list_trials
+    from raylab.search.judge import decide
 
     search = job.search.model_copy(update={"early_stopping": "successive_halving"})
     settings = job.model_copy(update={"search": search})
@@ -103,15 +103,15 @@ def time_decision(text: str, job: Job, results: Path) -> float:
 
 def measure_overhead(folder: Path, num_trials: int, repeats: int) -> dict[str, Any]:
     """A trial through raylab against a trial through Ray Tune alone."""
-    from raylab.sweep import ENVIRONMENT
+    from raylab.runs.sweep import ENVIRONMENT
 
     os.environ.update(ENVIRONMENT)
     # Ray's workers find these modules as this process does.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     import ray
 
-    from raylab.preparation import make_spec, prepare
-    from raylab.settings import dump_spec
+    from raylab.job.settings import dump_spec
+    from raylab.runs.preparation import make_spec, prepare
 
     notes, results = write_tiny_notes(folder / "notes"), folder / "results"
     ray.init(address="local", num_cpus=CPUS, include_dashboard=False, logging_level="ERROR", log_to_driver=False)

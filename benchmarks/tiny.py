@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from raylab.jobs import check_job, dump_yaml, merge
-from raylab.specs import Job
-from raylab.synth import write_notes
+from raylab.data.synth import write_notes
+from raylab.job.jobs import check_job, dump_yaml, merge
+from raylab.job.specs import Job
 
 TASKS = ("condition", "severity", "outcome")
 

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from raylab.identity import name_arm
-from raylab.jobs import check_job
-from raylab.search import Search
-from raylab.settings import list_settings, with_settings
-from raylab.specs import Job
+from raylab.base.identity import name_arm
+from raylab.job.jobs import check_job
+from raylab.job.settings import list_settings, with_settings
+from raylab.job.specs import Job
+from raylab.search.search import Search
 
 SPACE = {
     "pretrain.objective": ["mlm", "declutr", "metadata"],

@@ -14,10 +14,10 @@ from typing import Annotated, Any
 
 import typer
 
-from raylab.encoders import evaluate, export, profile, unseal
-from raylab.launch import is_dashboard, launch
-from raylab.mistakes import JobError
-from raylab.options import (
+from raylab.base.mistakes import JobError
+from raylab.commands.encoders import evaluate, export, profile, unseal
+from raylab.commands.launch import is_dashboard, launch
+from raylab.commands.options import (
     RESULTS,
     AddressOption,
     DataOption,
@@ -28,8 +28,8 @@ from raylab.options import (
     open_folder,
     read_overrides,
 )
-from raylab.output import Format, messages, output, print_rows, tell_submitted
-from raylab.questions import compare, correlate, effects, write_optuna
+from raylab.commands.output import Format, messages, output, print_diagnosis, print_rows, tell_submitted
+from raylab.commands.questions import compare, correlate, effects, report, write_optuna
 
 app = typer.Typer(
     add_completion=False,
@@ -65,7 +65,7 @@ def resume(
 ) -> None:
     """Go on with a job from the file kept beside its results."""
     if address is not None and is_dashboard(address):
-        from raylab.submission import check_folder, connect, resume_job
+        from raylab.runs.submission import check_folder, connect, resume_job
 
         if here:
             raise JobError(["--here: runs in this process, not on a cluster; leave out --here or --address"])
@@ -75,14 +75,14 @@ def resume(
         with connect(address) as cluster:
             tell_submitted(name, address, resume_job(cluster, name, _there(results), changes))
         return
-    from raylab.results import find_job
+    from raylab.results.queries import find_job
 
     launch(load(find_job(open_folder(results), name), data, overrides), results, address, here)
 
 
 def _there(results: str) -> str | None:
     """The results folder on a cluster, where one was given."""
-    from raylab.submission import check_folder
+    from raylab.runs.submission import check_folder
 
     return None if results == RESULTS else check_folder("--results", results)
 
@@ -97,7 +97,7 @@ def submit(
     wait: Annotated[bool, typer.Option("--wait", help="follow the log; end as the job does")] = False,
 ) -> None:
     """Run a job on a cluster, as a Ray Job of its own, and return; prints Ray's id of it."""
-    from raylab.submission import check_folder, connect, submit_job, wait_for
+    from raylab.runs.submission import check_folder, connect, submit_job, wait_for
 
     folder = check_folder("--results", results)
     if data is not None:
@@ -126,15 +126,15 @@ def logs(
 ) -> None:
     """What a job's run has printed."""
     if address is not None:
-        from raylab.submission import connect, print_logs
+        from raylab.runs.submission import connect, print_logs
 
         with connect(address) as cluster:
             print_logs(cluster, name, follow)
         return
-    from raylab.logs import open_log
-    from raylab.output import print_log
-    from raylab.results import find_job
-    from raylab.storage import is_url
+    from raylab.commands.output import print_log
+    from raylab.results.queries import find_job
+    from raylab.store.logs import open_log
+    from raylab.store.storage import is_url
 
     folder = open_folder(results)
     find_job(folder, name)
@@ -151,13 +151,13 @@ def stop(
 ) -> None:
     """Have a running job stop: trials end after their rung, or at once."""
     if address is not None:
-        from raylab.submission import connect, stop_job
+        from raylab.runs.submission import connect, stop_job
 
         with connect(address) as cluster:
             messages.print(stop_job(cluster, name, _there(results), now), highlight=False)
         return
-    from raylab.driver import request_stop
-    from raylab.results import find_job
+    from raylab.results.queries import find_job
+    from raylab.store.driver import request_stop
 
     folder = open_folder(results)
     find_job(folder, name)
@@ -174,12 +174,12 @@ def status(
 ) -> None:
     """Trials by state, from the tables."""
     if address is not None:
-        from raylab.submission import connect, summarise_cluster
+        from raylab.runs.submission import connect, summarise_cluster
 
         with connect(address) as cluster:
             rows = summarise_cluster(cluster, name, _there(results))
     else:
-        from raylab.results import summarise_jobs
+        from raylab.results.queries import summarise_jobs
 
         rows = summarise_jobs(open_folder(results), name)
     if not rows and form is Format.table:
@@ -196,10 +196,10 @@ def query(
     form: FormatOption = Format.table,
 ) -> None:
     """SQL over the result tables, while they are being written too."""
-    from raylab.results import query as ask
+    from raylab.results.queries import query as ask
 
     if listing:
-        from raylab.views import describe_tables
+        from raylab.results.views import describe_tables
 
         print_rows(describe_tables(), form)
     elif sql is None:
@@ -214,7 +214,7 @@ def compact(
     results: ResultsOption = RESULTS,
 ) -> None:
     """Pack the small files of a job's tables into few; safe while it runs and is queried."""
-    from raylab.compaction import compact_results
+    from raylab.results.compaction import compact_results
 
     for job, packed in compact_results(open_folder(results), name):
         counts = ", ".join(f"{count:,} of {table}" for table, count in packed.items())
@@ -230,7 +230,7 @@ def plan(
     form: FormatOption = Format.table,
 ) -> None:
     """What a job would run and what the corpus makes of its settings, before any GPU."""
-    from raylab.plan import plan_job, print_plan
+    from raylab.runs.plan import plan_job, print_plan
 
     found = plan_job(load(job, data, overrides), open_folder(results).resolve())
     if form is Format.json:
@@ -247,12 +247,13 @@ app.command()(compare)
 app.command()(effects)
 app.command()(correlate)
 app.command("optuna")(write_optuna)
+app.command()(report)
 
 
 @app.command()
 def diagnose(name: str, results: ResultsOption = RESULTS, form: FormatOption = Format.table) -> None:
     """What is wrong with each arm's embeddings, by stated rules, with the numbers they rest on."""
-    from raylab.diagnosis import diagnose_job, print_diagnosis
+    from raylab.statistics.diagnosis import diagnose_job
 
     print_diagnosis(diagnose_job(open_folder(results), name), form)
 
@@ -260,7 +261,7 @@ def diagnose(name: str, results: ResultsOption = RESULTS, form: FormatOption = F
 @app.command()
 def schema() -> None:
     """The JSON Schema of job files, for editors."""
-    from raylab.specs import Job
+    from raylab.job.specs import Job
 
     print(json.dumps(Job.model_json_schema(), indent=1))
 
@@ -274,7 +275,7 @@ def synth(
     max_words: Annotated[int, typer.Option(help="the longest note")] = 3000,
 ) -> None:
     """Write synthetic notes of known structure, as Parquet."""
-    from raylab.synth import write_notes
+    from raylab.data.synth import write_notes
 
     try:
         summary = write_notes(directory, num_notes=notes, seed=seed, label_noise=label_noise, max_words=max_words)
@@ -325,7 +326,7 @@ def _call(act: Callable[[], Any], debug: bool) -> int:
     except Exception as error:
         if debug:
             raise
-        from raylab.mistakes import describe_error, find_storage_problem
+        from raylab.base.mistakes import describe_error, find_storage_problem
 
         if trouble := find_storage_problem(error):
             print(f"raylab: the results can't be read or written ({trouble}); mend that and try again", file=sys.stderr)

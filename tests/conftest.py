@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from raylab.synth import write_notes
+from raylab.data.synth import write_notes
 
 # Read when torch, transformers and tokenizers are first imported: one thread, so that numbers don't depend on the
 # machine's cores, and no network.
@@ -86,7 +86,7 @@ OBJECTIVES = {
 @pytest.fixture(scope="session")
 def make_job(tiny_job):
     """`make_job("declutr", {"pretrain.rungs": 3})`: the tiny job with an objective and dotted settings changed."""
-    from raylab.jobs import check_job, merge
+    from raylab.job.jobs import check_job, merge
 
     def make(objective="mlm", changes=None):
         raw = copy.deepcopy(tiny_job)
@@ -115,7 +115,7 @@ VALUES = {
 @pytest.fixture(scope="session")
 def read_values():
     """`read_values(results)`: table -> its rows of those columns, sorted; every job's."""
-    from raylab.results import open_tables
+    from raylab.results.queries import open_tables
 
     def read(results):
         connection = open_tables(results)
@@ -136,7 +136,7 @@ def results(tmp_path_factory):
 @pytest.fixture(scope="session")
 def make_spec(make_job, results):
     """`make_spec("declutr", {"pretrain.rungs": 3}, seed=1)`: a trial that can run, in `results` or a folder given."""
-    from raylab.preparation import make_spec, prepare
+    from raylab.runs.preparation import make_spec, prepare
 
     def make(objective="mlm", changes=None, *, seed=0, folder=None):
         return make_spec(prepare(make_job(objective, changes), folder or results), {}, seed, "fixed")
@@ -147,7 +147,7 @@ def make_spec(make_job, results):
 @pytest.fixture(scope="session")
 def make_store():
     """`make_store([5, 80])`: random tokens of 5 to 399 for texts of such lengths."""
-    from raylab.tokens import TokenStore
+    from raylab.data.tokens import TokenStore
 
     def make(lengths, seed=0):
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
@@ -159,7 +159,7 @@ def make_store():
 @pytest.fixture(scope="session")
 def vocabulary():
     """The tiny tokenizer's: <s> 0, <pad> 1, </s> 2, <unk> 3, <mask> 4, 400 tokens."""
-    from raylab.tokens import Vocabulary
+    from raylab.data.tokens import Vocabulary
 
     return Vocabulary(prefix_id=0, suffix_id=2, pad_id=1, mask_id=4, special_ids=[0, 1, 2, 3, 4], size=400)
 
@@ -170,8 +170,8 @@ def encoder_folders(tmp_path_factory, make_spec):
     import torch
     from transformers import AutoConfig, AutoModelForMaskedLM
 
-    from raylab.encoder import save_encoder
-    from raylab.stages import FOLDER
+    from raylab.store.stages import FOLDER
+    from raylab.training.encoder import save_encoder
 
     spec = make_spec()
     names = {

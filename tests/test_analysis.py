@@ -5,7 +5,12 @@ import datetime
 import numpy as np
 import pytest
 
-from raylab.analysis import (
+from raylab.base.mistakes import JobError
+from raylab.job.primary import read_cell_target
+from raylab.job.settings import list_settings, resolve_target, with_settings
+from raylab.results.tables import now, write_rows
+from raylab.runs.plan import plan_comparisons
+from raylab.statistics.analysis import (
     analyse_job,
     compare_named,
     count_family,
@@ -14,13 +19,8 @@ from raylab.analysis import (
     read_scores,
     tell_gap,
 )
-from raylab.comparisons import compare_arms, count_least_seeds
-from raylab.mistakes import JobError
-from raylab.plan import plan_comparisons
-from raylab.primary import read_cell_target
-from raylab.settings import list_settings, resolve_target, with_settings
-from raylab.tables import now, write_rows
-from raylab.verdicts import EXPLORATORY, PRIMARY, tell_verdicts
+from raylab.statistics.comparisons import compare_arms, count_least_seeds
+from raylab.statistics.verdicts import EXPLORATORY, PRIMARY, tell_verdicts
 
 START = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
 CELL = {"task": "severity", "metric": "f1_macro", "shots": 2, "frozen_layers": "all", "probe": "logistic"}

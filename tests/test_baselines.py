@@ -9,12 +9,12 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.multiclass import OneVsRestClassifier
 
-from raylab.baselines import BASELINES, TFIDF_C, TFIDF_FEATURES, score_baselines
-from raylab.corpus import TRAIN, VALIDATION
-from raylab.draws import draw_shots
-from raylab.preparation import prepare
-from raylab.scores import list_scores
-from raylab.tables import list_trials, read_rows
+from raylab.data.corpus import TRAIN, VALIDATION
+from raylab.evaluation.baselines import BASELINES, TFIDF_C, TFIDF_FEATURES, score_baselines
+from raylab.evaluation.draws import draw_shots
+from raylab.measures.scores import list_scores
+from raylab.results.tables import list_trials, read_rows
+from raylab.runs.preparation import prepare
 
 SHOTS = {"evaluate.shots": [2, 4, "full"], "evaluate.tasks": ["severity", "condition"]}
 

@@ -3,7 +3,11 @@ import itertools
 import numpy as np
 import pytest
 
-from raylab.batches import (
+from raylab.base.mistakes import InfeasibleError
+from raylab.base.noise import derive_seed
+from raylab.job.blocks import Declutr
+from raylab.job.settings import OBJECTIVE_BLOCKS
+from raylab.training.batches import (
     UNITS,
     Place,
     cut_pieces,
@@ -14,11 +18,7 @@ from raylab.batches import (
     piece_units,
     span_units,
 )
-from raylab.blocks import Declutr
-from raylab.mistakes import InfeasibleError
-from raylab.noise import derive_seed
-from raylab.settings import OBJECTIVE_BLOCKS
-from raylab.spans import sample_spans
+from raylab.training.spans import sample_spans
 
 CASES = {
     "truncate": ("mlm", {}),

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from raylab.cli import main
-from raylab.specs import Job
+from raylab.job.specs import Job
 
 MARKER = "SECRETPATIENT"
 NUM_ROWS = 60
@@ -619,7 +619,7 @@ def test_unforeseen_error_is_one_line_without_its_message(
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError(f"the row says {MARKER}")
 
-    monkeypatch.setattr("raylab.jobs.load_job", fail)
+    monkeypatch.setattr("raylab.job.jobs.load_job", fail)
     answer = Answer(capfd, "run", "job.yaml")
     assert answer.code == 1
     [line] = answer.lines

@@ -12,14 +12,14 @@ import pytest
 from filelock import FileLock
 from rich.console import Console
 
-from raylab.driver import request_stop
-from raylab.jobs import dump_yaml
-from raylab.preparation import make_spec, prepare
-from raylab.progress import SweepProgress
-from raylab.rungs import list_rungs
-from raylab.stages import FOLDER
-from raylab.sweep import ENVIRONMENT, run_job
-from raylab.tables import list_trials
+from raylab.job.jobs import dump_yaml
+from raylab.results.tables import list_trials
+from raylab.runs.preparation import make_spec, prepare
+from raylab.runs.progress import SweepProgress
+from raylab.runs.sweep import ENVIRONMENT, run_job
+from raylab.store.driver import request_stop
+from raylab.store.stages import FOLDER
+from raylab.training.rungs import list_rungs
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -143,7 +143,7 @@ def test_trials_that_stop_early_or_are_asked_to_leave_nothing_behind(nodes, make
         used.extend(read_usage())
         request_stop(tmp_path, "early", now=False)
 
-    from raylab.tuning import read_usage
+    from raylab.runs.tuning import read_usage
 
     used = []
     asking = threading.Thread(target=ask)
@@ -215,7 +215,7 @@ class OneTrial:
 
 
 def test_a_sweep_without_a_node_ends_when_it_is_asked_to(cluster, make_job):
-    from raylab.tuning import run_tune
+    from raylab.runs.tuning import run_tune
 
     assert read_cpus("cluster_resources") == 0
     sweep = OneTrial(None)
@@ -225,7 +225,7 @@ def test_a_sweep_without_a_node_ends_when_it_is_asked_to(cluster, make_job):
 
 
 def test_no_more_trials_at_once_than_the_job_allows(nodes, make_job):
-    from raylab.tuning import ArmSearcher
+    from raylab.runs.tuning import ArmSearcher
 
     for most, slots in ((None, 3), (1, 1), (2, 2)):
         searcher = ArmSearcher(make_job("mlm", {"resources": {"max_concurrent_trials": most}}), OneTrial(None))
@@ -233,7 +233,7 @@ def test_no_more_trials_at_once_than_the_job_allows(nodes, make_job):
 
 
 def test_what_stops_a_worker_of_two_is_told_as_of_one(nodes, make_job, tmp_path):
-    from raylab.tuning import run_tune
+    from raylab.runs.tuning import run_tune
 
     job = make_job("mlm", {"name": "told", "resources": {"workers": 2}})
     spec = make_spec(prepare(job, tmp_path), {}, 0, "fixed")

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
+from raylab.base.mistakes import DamagedError, JobError
+
 # What loads torch is imported where it is needed: processes that tests start import this file.
-from raylab.compaction import compact_job, compact_results
-from raylab.mistakes import DamagedError, JobError
-from raylab.packs import choose_rows, list_loose, list_packs
-from raylab.results import open_tables, query, read_cell, summarise_jobs
-from raylab.storage import PACKS
-from raylab.tables import (
+from raylab.results.compaction import compact_job, compact_results
+from raylab.results.packs import choose_rows, list_loose, list_packs
+from raylab.results.queries import open_tables, query, read_cell, summarise_jobs
+from raylab.results.tables import (
     SCHEMAS,
     is_written,
     list_names,
@@ -31,6 +31,7 @@ from raylab.tables import (
     table_path,
     write_rows,
 )
+from raylab.store.storage import PACKS
 
 processes = multiprocessing.get_context("spawn")
 START = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -62,7 +63,7 @@ def read_versions(results: Path) -> dict[str, int]:
 
 def read_all(results: Path) -> dict[str, Any]:
     """Whatever is told of a job's tables, by every way to read them."""
-    from raylab.trials import find_trial
+    from raylab.runs.trials import find_trial
 
     return {
         "tables": {table: query(results, f"from {table} order by all").to_pylist() for table in SCHEMAS},
@@ -164,7 +165,7 @@ def test_columns_of_other_versions_are_kept(tmp_path: Path) -> None:
 
 
 def test_a_damaged_file_is_not_packed_and_is_named(tmp_path: Path) -> None:
-    from raylab.repair import repair_job
+    from raylab.results.repair import repair_job
 
     fill(tmp_path)
     path = table_path(tmp_path, "j", "scores", f"{1:012x}-0")
@@ -178,7 +179,7 @@ def test_a_damaged_file_is_not_packed_and_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("place", ["first", "index", "end"])
 def test_a_damaged_pack_is_named_and_set_aside(tmp_path: Path, place: str) -> None:
-    from raylab.repair import repair_job
+    from raylab.results.repair import repair_job
 
     fill(tmp_path)
     compact_job(tmp_path, "j")
@@ -318,7 +319,7 @@ def test_readers_see_every_trial_once_beside_a_writer_that_compacts(tmp_path: Pa
 
 def test_a_file_written_while_it_is_packed_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the pack's writing and the deletion, as the slowest compaction gives most time for."""
-    from raylab import compaction
+    from raylab.results import compaction
 
     for number in range(3):
         write_trial(tmp_path, number)
@@ -382,10 +383,10 @@ def test_jobs_are_compacted_by_name_or_all(tmp_path: Path) -> None:
 def test_a_compacted_job_goes_on_as_any_other(make_job: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from rich.console import Console
 
-    from raylab import sweep
-    from raylab.checkpoints import measure_disk
-    from raylab.progress import SweepProgress
-    from raylab.ranking import list_cells, rank_arms
+    from raylab.results.ranking import list_cells, rank_arms
+    from raylab.runs import sweep
+    from raylab.runs.checkpoints import measure_disk
+    from raylab.runs.progress import SweepProgress
 
     monkeypatch.setattr(sweep, "MANY", 2)
 

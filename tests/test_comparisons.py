@@ -13,7 +13,8 @@ from statsmodels.stats.anova import anova_lm
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 
-from raylab.comparisons import (
+from raylab.base.mistakes import JobError
+from raylab.statistics.comparisons import (
     SAMPLED_FLIPS,
     adjust_holm,
     compare_arms,
@@ -27,8 +28,7 @@ from raylab.comparisons import (
     flip_signs,
     pair_draws,
 )
-from raylab.mistakes import JobError
-from raylab.variances import fit_crossed, fit_nested, vary_together
+from raylab.statistics.variances import fit_crossed, fit_nested, vary_together
 
 CASES = range(100)
 

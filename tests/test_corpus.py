@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from raylab.blocks import Corpus
-from raylab.corpus import (
+from raylab.base.mistakes import JobError
+from raylab.data.corpus import (
     DOCUMENTS,
     TEST,
     TRAIN,
@@ -22,8 +22,8 @@ from raylab.corpus import (
     read_corpus,
     store_corpus,
 )
-from raylab.corpus import split_corpus as split_rows
-from raylab.mistakes import JobError
+from raylab.data.corpus import split_corpus as split_rows
+from raylab.job.blocks import Corpus
 
 FIELDS = ["source"]
 

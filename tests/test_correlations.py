@@ -7,10 +7,18 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from raylab.correlations import ALL, BETWEEN, WITHIN, correlate_arms, correlate_job, correlate_scopes, spearman
-from raylab.mistakes import JobError
-from raylab.settings import list_settings, with_settings
-from raylab.tables import write_rows
+from raylab.base.mistakes import JobError
+from raylab.job.settings import list_settings, with_settings
+from raylab.results.tables import write_rows
+from raylab.statistics.correlations import (
+    ALL,
+    BETWEEN,
+    WITHIN,
+    correlate_arms,
+    correlate_job,
+    correlate_scopes,
+    spearman,
+)
 
 START = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
 

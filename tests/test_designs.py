@@ -4,12 +4,12 @@ import typing
 
 import pytest
 
-from raylab.designs import FIXED, check_design, count_trials, list_changes, list_levels, list_points
-from raylab.identity import name_arm
-from raylab.mistakes import JobError
-from raylab.samplers import SAMPLERS
-from raylab.settings import list_settings, with_settings
-from raylab.specs import ADAPTIVE, Search
+from raylab.base.identity import name_arm
+from raylab.base.mistakes import JobError
+from raylab.job.designs import FIXED, check_design, count_trials, list_changes, list_levels, list_points
+from raylab.job.settings import list_settings, with_settings
+from raylab.job.specs import ADAPTIVE, Search
+from raylab.search.samplers import SAMPLERS
 
 RATE, SPAN = "pretrain.learning_rate", "pretrain.declutr.max_span"
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from raylab.base.mistakes import JobError
 from raylab.cli import main
-from raylab.diagnosis import SIGNATURES, diagnose_job
-from raylab.geometry import Options, measure_geometry
-from raylab.mistakes import JobError
-from raylab.tables import now, write_rows
+from raylab.measures.geometry import Options, measure_geometry
+from raylab.results.tables import now, write_rows
+from raylab.statistics.diagnosis import SIGNATURES, diagnose_job
 
 OPTIONS = Options((0.5,), (0.01, 0.05), (1, 10))
 RNG = np.random.default_rng(0)

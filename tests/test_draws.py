@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raylab.draws import draw_shots
+from raylab.evaluation.draws import draw_shots
 
 KEY = {"seed": 3, "task": "severity", "draw": 1}
 # Few groups and classes, so that classes run out and compete for groups in many of the cases.

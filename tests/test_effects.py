@@ -8,7 +8,10 @@ import pandas as pd
 import pytest
 from statsmodels.formula.api import ols
 
-from raylab.effects import (
+from raylab.base.mistakes import JobError
+from raylab.job.settings import list_settings, with_settings
+from raylab.results.tables import write_rows
+from raylab.statistics.effects import (
     Change,
     apply_contrast,
     compute_effects,
@@ -17,9 +20,6 @@ from raylab.effects import (
     list_effects,
     weigh_change,
 )
-from raylab.mistakes import JobError
-from raylab.settings import list_settings, with_settings
-from raylab.tables import write_rows
 
 ORDERED = {name: [0, 1] for name in "abcd"}
 CELL = {"task": "severity", "metric": "f1_macro", "shots": 2, "frozen_layers": "all", "probe": "logistic"}

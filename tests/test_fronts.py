@@ -4,7 +4,7 @@ import numpy as np
 import optuna
 import pytest
 
-from raylab.fronts import compute_crowding, order_best, rank_fronts
+from raylab.results.fronts import compute_crowding, order_best, rank_fronts
 
 
 def draw(num, columns, seed):

@@ -9,11 +9,11 @@ import sklearn.metrics
 import torch
 from sklearn.neighbors import NearestNeighbors
 
-from raylab import components, cosines, graphs, spaces
-from raylab.cosines import Level, Space, centre, cosines_of, find_cosine, load_rows, sample_pairs, scan
-from raylab.definitions import BINS, BOUNDS, DEFINITIONS, ISOSCORE_SHRINKAGE, NUM_PERMUTATIONS
-from raylab.geometry import SUBSAMPLE_SHARE, Options, code_classes, list_parameters, measure_geometry
-from raylab.graphs import compute_clustering, link_mutual, measure_classes, measure_graph, shuffle_classes
+from raylab.measures import components, cosines, graphs, spaces
+from raylab.measures.cosines import Level, Space, centre, cosines_of, find_cosine, load_rows, sample_pairs, scan
+from raylab.measures.definitions import BINS, BOUNDS, DEFINITIONS, ISOSCORE_SHRINKAGE, NUM_PERMUTATIONS
+from raylab.measures.geometry import SUBSAMPLE_SHARE, Options, code_classes, list_parameters, measure_geometry
+from raylab.measures.graphs import compute_clustering, link_mutual, measure_classes, measure_graph, shuffle_classes
 
 OPTIONS = Options((0.0, 0.5), (0.05, 0.3), (1, 4))
 LIMITS = {"max_points": 100, "graph_points": 100, "seed": 0}

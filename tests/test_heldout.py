@@ -5,12 +5,12 @@ import pytest
 import torch
 from torch import nn
 
-from raylab.blocks import Retrieval
-from raylab.corpus import TRAIN, VALIDATION
-from raylab.encoder import load_encoder, pool
-from raylab.heldout import HELD_OUT, compute_unigram_entropy, measure_heldout, prepare_heldout
-from raylab.noise import derive_seed, uniforms
-from raylab.pretrain import open_data, start_rung
+from raylab.base.noise import derive_seed, uniforms
+from raylab.data.corpus import TRAIN, VALIDATION
+from raylab.job.blocks import Retrieval
+from raylab.training.encoder import load_encoder, pool
+from raylab.training.heldout import HELD_OUT, compute_unigram_entropy, measure_heldout, prepare_heldout
+from raylab.training.pretrain import open_data, start_rung
 
 
 def prepare(spec, rows=None, retrieval=None):

@@ -10,17 +10,17 @@ import pytest
 import yaml
 from rich.console import Console
 
-from raylab.checks import DEFINITIONS, MAX_IDS
 from raylab.cli import main
-from raylab.hygiene import CORPUS, check_corpus, keep_hygiene
-from raylab.jobs import dump_yaml
-from raylab.preparation import make_spec, prepare
-from raylab.progress import SweepProgress
-from raylab.results import query, summarise_jobs
-from raylab.stages import FOLDER
-from raylab.sweep import run_job
-from raylab.tables import read_rows, table_path
-from raylab.tokens import open_tokens
+from raylab.data.checks import DEFINITIONS, MAX_IDS
+from raylab.data.tokens import open_tokens
+from raylab.job.jobs import dump_yaml
+from raylab.results.queries import query, summarise_jobs
+from raylab.results.tables import read_rows, table_path
+from raylab.runs.hygiene import CORPUS, check_corpus, keep_hygiene
+from raylab.runs.preparation import make_spec, prepare
+from raylab.runs.progress import SweepProgress
+from raylab.runs.sweep import run_job
+from raylab.store.stages import FOLDER
 
 NUM_NOTES = 240
 PARTS = ["train"] * 7 + ["validation"] * 2 + ["test"]
@@ -219,7 +219,7 @@ def test_test_texts_change_nothing_but_the_duplicates(check):
 def test_stages_serve_again_and_a_changed_limit_counts_tokens_alone(check, monkeypatch):
     first, _, _ = check()
     for name in ("check_texts", "check_labels"):
-        monkeypatch.setattr("raylab.hygiene." + name, lambda *given: pytest.fail("made again"))
+        monkeypatch.setattr("raylab.runs.hygiene." + name, lambda *given: pytest.fail("made again"))
     again, _, _ = check(changes={"corpus.max_length": 32})
     assert again["cut", "train+validation", None]["value"] > first["cut", "train+validation", None]["value"]
 

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from raylab.designs import order_space
-from raylab.importances import compute_importances, list_importances
-from raylab.mistakes import JobError
-from raylab.settings import list_settings, with_settings
-from raylab.tables import now, write_rows
+from raylab.base.mistakes import JobError
+from raylab.job.designs import order_space
+from raylab.job.settings import list_settings, with_settings
+from raylab.results.tables import now, write_rows
+from raylab.statistics.importances import compute_importances, list_importances
 
 FLAT = {
     "pretrain.learning_rate": {"low": 1e-5, "high": 1e-2, "log": True},
@@ -39,7 +39,7 @@ def draw_points(job, num, seed=0):
     """Points of the space by chance, in the order of the settings."""
     import optuna
 
-    from raylab.samplers import suggest_point
+    from raylab.search.samplers import suggest_point
 
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
     return [suggest_point(study.ask(), job) for _ in range(num)]

@@ -10,12 +10,10 @@ import numpy as np
 import pytest
 import yaml
 
-from raylab import geometry, scores
-from raylab.definitions import DEFINITIONS
-from raylab.identity import name_arm
-from raylab.jobs import check_job, dump_yaml, load_job, merge, read_value, read_yaml
-from raylab.mistakes import JobError
-from raylab.settings import (
+from raylab.base.identity import name_arm
+from raylab.base.mistakes import JobError
+from raylab.job.jobs import check_job, dump_yaml, load_job, merge, read_value, read_yaml
+from raylab.job.settings import (
     SCORE_METRICS,
     SETTINGS,
     list_parameters,
@@ -23,6 +21,8 @@ from raylab.settings import (
     resolve_target,
     with_settings,
 )
+from raylab.measures import geometry, scores
+from raylab.measures.definitions import DEFINITIONS
 
 ROOT = Path(__file__).parent.parent
 JOBS, SPACES = sorted((ROOT / "jobs").rglob("*.y*ml")), sorted((ROOT / "search_spaces").rglob("*.y*ml"))

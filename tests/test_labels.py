@@ -14,8 +14,8 @@ import pytest
 from pydantic import ValidationError
 from rich.console import Console
 
-from raylab.blocks import Corpus, Task
-from raylab.corpus import (
+from raylab.base.mistakes import JobError
+from raylab.data.corpus import (
     DOCUMENTS,
     TEST,
     TRAIN,
@@ -26,21 +26,21 @@ from raylab.corpus import (
     split_corpus,
     store_corpus,
 )
-from raylab.draws import draw_shots
-from raylab.jobs import check_job, dump_yaml, load_job
-from raylab.labels import MAX_CLASSES, MAX_NAME, pack_labels, to_array
-from raylab.mistakes import JobError
-from raylab.plan import plan_job
-from raylab.preparation import check_target_classes, name_point, prepare
-from raylab.progress import SweepProgress
-from raylab.repair import repair_job
-from raylab.results import open_tables, read_cell
-from raylab.scores import MAX_CLASSES as MAX_SCORED
-from raylab.settings import dump_job, list_settings, resolve_target
-from raylab.sweep import run_job
-from raylab.synth import write_notes
-from raylab.tables import list_trials, read_rows, table_path, write_rows
-from raylab.unseal import unseal_job
+from raylab.data.labels import MAX_CLASSES, MAX_NAME, pack_labels, to_array
+from raylab.data.synth import write_notes
+from raylab.encoders.unseal import unseal_job
+from raylab.evaluation.draws import draw_shots
+from raylab.job.blocks import Corpus, Task
+from raylab.job.jobs import check_job, dump_yaml, load_job
+from raylab.job.settings import dump_job, list_settings, resolve_target
+from raylab.measures.scores import MAX_CLASSES as MAX_SCORED
+from raylab.results.queries import open_tables, read_cell
+from raylab.results.repair import repair_job
+from raylab.results.tables import list_trials, read_rows, table_path, write_rows
+from raylab.runs.plan import plan_job
+from raylab.runs.preparation import check_target_classes, name_point, prepare
+from raylab.runs.progress import SweepProgress
+from raylab.runs.sweep import run_job
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_ROWS = 120

@@ -4,9 +4,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from raylab import leaks
-from raylab.leaks import draw_rows, read_openings, read_single_words
-from raylab.overlaps import read_words
+from raylab.data import leaks
+from raylab.data.leaks import draw_rows, read_openings, read_single_words
+from raylab.data.overlaps import read_words
 
 NUM_ROWS, NUM_CLASSES = 600, 3
 TRAIN = np.arange(NUM_ROWS) % 4 > 0

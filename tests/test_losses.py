@@ -2,7 +2,7 @@ import pytest
 import torch
 from pytorch_metric_learning.losses import NTXentLoss, SupConLoss
 
-from raylab.losses import nt_xent, sup_con
+from raylab.training.losses import nt_xent, sup_con
 
 CASES = [(seed, temperature) for seed in range(8) for temperature in (0.05, 0.1, 1.0)]
 

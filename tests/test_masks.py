@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from raylab.masks import mask_tokens
+from raylab.training.masks import mask_tokens
 
 SPECIAL_IDS = [0, 1, 2, 3, 50, 99, 120]  # 120 lies beyond the vocabulary, as added tokens may
 OPTIONS = {"fraction": 0.15, "mask_token_id": 3, "vocab_size": 100, "special_ids": SPECIAL_IDS}

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from raylab.memory import read_peak, reset_peak
+from raylab.base.memory import read_peak, reset_peak
 
 CPU = torch.device("cpu")
 MEGABYTES = 300

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from raylab.noise import GOLDEN, _mix, _mix_int, derive_seed, uniforms
+from raylab.base.noise import GOLDEN, _mix, _mix_int, derive_seed, uniforms
 
 
 def correlate(first: np.ndarray, second: np.ndarray) -> float:
@@ -16,7 +16,7 @@ def correlate(first: np.ndarray, second: np.ndarray) -> float:
 def test_derived_seed_is_fixed_by_its_parts():
     # A literal: if it changes, every stored result changes with it.
     assert derive_seed(0, "spans", 3) == 71087471474643934
-    code = "from raylab.noise import derive_seed; print(derive_seed(0, 'spans', 3))"
+    code = "from raylab.base.noise import derive_seed; print(derive_seed(0, 'spans', 3))"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(other.stdout) == derive_seed(0, "spans", 3)
 

@@ -8,13 +8,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import OBJECTIVES as TESTED
 
-from raylab.blocks import Pretrain
-from raylab.objectives import OBJECTIVES, Batch, Learner, Totals, loss_weights
-from raylab.pretrain import make_units, open_data, start_rung
-from raylab.settings import OBJECTIVE_BLOCKS, dump_spec
-from raylab.specs import TrialSpec
-from raylab.training import load_training, train
-from raylab.world import ALONE, World
+from raylab.base.world import ALONE, World
+from raylab.job.blocks import Pretrain
+from raylab.job.settings import OBJECTIVE_BLOCKS, dump_spec
+from raylab.job.specs import TrialSpec
+from raylab.training.loop import load_training, train
+from raylab.training.objectives import OBJECTIVES, Batch, Learner, Totals, loss_weights
+from raylab.training.pretrain import make_units, open_data, start_rung
 
 # No dropout; steps of several units; losses of unequal weights; gradients are not clipped.
 EXACT = {

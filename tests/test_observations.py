@@ -7,8 +7,8 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
-from raylab.mistakes import JobError
-from raylab.observations import read_observations
+from raylab.base.mistakes import JobError
+from raylab.statistics.observations import read_observations
 
 ROWS = [
     {"model": model, "run": run, "fold": fold, "f1": 0.1 * run + 0.01 * fold, "name": f"{model}{run}"}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from raylab.output import show_count
+from raylab.commands.output import show_count
 
 
 @pytest.mark.parametrize(("count", "shown"), [(0, "<10"), (1, "<10"), (9, "<10"), (10, "10"), (12345, "12,345")])

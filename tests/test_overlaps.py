@@ -4,8 +4,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from raylab import overlaps
-from raylab.overlaps import JACCARD, RUN_WORDS, SHINGLE_WORDS, find_near, find_shared, number_texts, read_words
+from raylab.data import overlaps
+from raylab.data.overlaps import JACCARD, RUN_WORDS, SHINGLE_WORDS, find_near, find_shared, number_texts, read_words
 
 
 def read(texts):

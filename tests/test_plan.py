@@ -9,13 +9,13 @@ import pytest
 import yaml
 
 from raylab.cli import main
-from raylab.corpus import DOCUMENTS, TRAIN
-from raylab.designs import list_points
-from raylab.plan import plan_job, print_plan
-from raylab.preparation import make_spec, prepare
-from raylab.stages import FOLDER, read_info
-from raylab.tokens import open_tokens
-from raylab.trial import run_trial
+from raylab.data.corpus import DOCUMENTS, TRAIN
+from raylab.data.tokens import open_tokens
+from raylab.job.designs import list_points
+from raylab.runs.plan import plan_job, print_plan
+from raylab.runs.preparation import make_spec, prepare
+from raylab.runs.trial import run_trial
+from raylab.store.stages import FOLDER, read_info
 
 SPACE = {
     "pretrain.objective": ["none", "mlm", "declutr"],

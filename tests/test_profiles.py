@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from raylab.chart import GREYS, LINES, MARKERS, plot_profile
+from raylab.base.mistakes import JobError
 from raylab.cli import main
-from raylab.encoder import load_encoder
-from raylab.mistakes import JobError
-from raylab.preparation import make_spec, prepare
-from raylab.profiles import HEAD_SIZE, NUM_CLASSES, Load, check_load, profile_encoder, read_numbers
-from raylab.stages import FOLDER
-from raylab.trial import run_trial
+from raylab.encoders.chart import GREYS, LINES, MARKERS, plot_profile
+from raylab.encoders.profiles import HEAD_SIZE, NUM_CLASSES, Load, check_load, profile_encoder, read_numbers
+from raylab.runs.preparation import make_spec, prepare
+from raylab.runs.trial import run_trial
+from raylab.store.stages import FOLDER
+from raylab.training.encoder import load_encoder
 
 CPU = Load(("cpu",), batches=(1, 3), lengths=(8, 40), repeats=4, seconds=60.0)
 

@@ -18,8 +18,8 @@ from datetime import datetime
 import pytest
 from rich.console import Console
 
-from raylab.display import draw_block, show_seconds
-from raylab.progress import Pace, SweepProgress
+from raylab.runs.display import draw_block, show_seconds
+from raylab.runs.progress import Pace, SweepProgress
 
 ESCAPE = "\x1b"
 
@@ -347,11 +347,11 @@ IN_TERMINAL = """
 import sys, time
 from pathlib import Path
 from rich.console import Console
-import raylab.progress
+import raylab.runs.progress
 
-raylab.progress.GAUGE_SECONDS = 0.2
+raylab.runs.progress.GAUGE_SECONDS = 0.2
 
-progress = raylab.progress.SweepProgress(Console(stderr=True, soft_wrap=True), "spans")
+progress = raylab.runs.progress.SweepProgress(Console(stderr=True, soft_wrap=True), "spans")
 progress.log_to(Path(sys.argv[1]))
 calls = []
 def gauge():

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from raylab.cli import main
-from raylab.comparisons import compare_arms
-from raylab.observations import read_observations
+from raylab.statistics.comparisons import compare_arms
+from raylab.statistics.observations import read_observations
 
 COLUMNS = ["--arm", "model", "--seed", "run", "--value", "f1"]
 
@@ -131,9 +131,9 @@ def swept(make_job, tmp_path_factory):
     """A results folder with a whole small sweep, run in this process: a grid over objectives on two seeds."""
     from rich.console import Console
 
-    from raylab.jobs import dump_yaml
-    from raylab.progress import SweepProgress
-    from raylab.sweep import run_job
+    from raylab.job.jobs import dump_yaml
+    from raylab.runs.progress import SweepProgress
+    from raylab.runs.sweep import run_job
 
     folder = tmp_path_factory.mktemp("swept")
     space = {"pretrain.objective": ["none", "mlm", "declutr"]}

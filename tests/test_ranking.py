@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from raylab.preparation import name_point, prepare
-from raylab.ranking import compute_interval, find_front, label_arms, list_cells, rank_arms, summarise_heldout
-from raylab.settings import list_settings, with_settings
-from raylab.tables import write_rows
+from raylab.job.settings import list_settings, with_settings
+from raylab.results.ranking import compute_interval, find_front, label_arms, list_cells, rank_arms, summarise_heldout
+from raylab.results.tables import write_rows
+from raylab.runs.preparation import name_point, prepare
 
 START = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
 CELL = {"task": "severity", "metric": "f1_macro", "shots": 2, "frozen_layers": "all", "probe": "logistic"}
@@ -189,7 +189,7 @@ def test_the_front_holds_the_arms_that_no_other_beats(make_job, write, tmp_path)
 
 
 def test_the_front_is_printed(make_job, write, tmp_path, notes, capsys):
-    from raylab.output import print_ranking
+    from raylab.commands.output import print_ranking
 
     targets = [{"task": "severity"}, {"task": "severity", "metric": "accuracy", "mode": "min"}]
     space = {"pretrain.declutr.temperature": [0.05, 0.1]}

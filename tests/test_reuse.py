@@ -7,16 +7,16 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from raylab.corpus import DOCUMENTS
-from raylab.jobs import load_job
-from raylab.plan import plan_job
-from raylab.preparation import make_spec, prepare
-from raylab.progress import SweepProgress
-from raylab.results import open_tables
-from raylab.rungs import list_rungs
-from raylab.settings import SETTINGS, list_settings
-from raylab.sweep import run_job
-from raylab.tables import plain_value, same_measures
+from raylab.data.corpus import DOCUMENTS
+from raylab.job.jobs import load_job
+from raylab.job.settings import SETTINGS, list_settings
+from raylab.results.queries import open_tables
+from raylab.results.tables import plain_value, same_measures
+from raylab.runs.plan import plan_job
+from raylab.runs.preparation import make_spec, prepare
+from raylab.runs.progress import SweepProgress
+from raylab.runs.sweep import run_job
+from raylab.training.rungs import list_rungs
 
 # What can be the same or another one.
 WHAT = ("corpus", "tokenizer", "tokens", "start", "pretrain", "arm", "measures")
@@ -195,7 +195,7 @@ def test_a_setting_makes_anew_what_it_matters_to_and_nothing_else(name, make_wid
 
 
 def test_comments_names_places_and_resources_reuse_everything(make_wide, results, tmp_path):
-    from raylab.jobs import dump_yaml
+    from raylab.job.jobs import dump_yaml
 
     base = make_wide("mlm", {})
     (tmp_path / "job.yaml").write_text("# another comment\n" + dump_yaml(base))

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from sklearn import metrics
 
-from raylab.scores import (
+from raylab.measures.scores import (
     CALIBRATION_BINS,
     DEFINITIONS,
     MAX_CLASSES,
@@ -228,7 +228,7 @@ def test_many_classes_have_no_rows_of_their_own():
 def test_ranking_in_blocks_changes_nothing(monkeypatch):
     for labels, probabilities in (build_case(4), build_multi_case(6)):
         whole = compute_scores(labels, probabilities)
-        monkeypatch.setattr("raylab.scores.BLOCK_CELLS", 2 * len(labels))
+        monkeypatch.setattr("raylab.measures.scores.BLOCK_CELLS", 2 * len(labels))
         assert repr(compute_scores(labels, probabilities)) == repr(whole)
 
 

@@ -7,11 +7,11 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from raylab.preparation import name_point, prepare
-from raylab.progress import SweepProgress
-from raylab.ranking import list_cells, rank_arms
-from raylab.results import open_tables
-from raylab.sweep import run_job
+from raylab.results.queries import open_tables
+from raylab.results.ranking import list_cells, rank_arms
+from raylab.runs.preparation import name_point, prepare
+from raylab.runs.progress import SweepProgress
+from raylab.runs.sweep import run_job
 
 
 @pytest.fixture(scope="module")

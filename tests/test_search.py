@@ -8,14 +8,14 @@ import warnings
 import numpy as np
 import pytest
 
-from raylab.designs import list_points
-from raylab.identity import name_arm
-from raylab.judge import decide, keep_going
-from raylab.mistakes import JobError
-from raylab.search import MOST_HELD, MOST_REPEATS, Search, is_current, list_refused, name_refused, read_values
-from raylab.settings import list_measures, list_settings, with_settings
-from raylab.specs import ADAPTIVE, TrialSpec
-from raylab.tables import digest_measures, list_summaries, list_trials, read_trial, table_path, write_rows
+from raylab.base.identity import name_arm
+from raylab.base.mistakes import JobError
+from raylab.job.designs import list_points
+from raylab.job.settings import list_measures, list_settings, with_settings
+from raylab.job.specs import ADAPTIVE, TrialSpec
+from raylab.results.tables import digest_measures, list_summaries, list_trials, read_trial, table_path, write_rows
+from raylab.search.judge import decide, keep_going
+from raylab.search.search import MOST_HELD, MOST_REPEATS, Search, is_current, list_refused, name_refused, read_values
 
 START = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
 SECONDS = itertools.count()

@@ -18,18 +18,18 @@ import pytest
 import typer
 import yaml
 
-from raylab.blocks import Corpus
+from raylab.base.identity import digest
 from raylab.cli import app, main
-from raylab.corpus import read_corpus, split_corpus
-from raylab.identity import digest
-from raylab.jobs import dump_yaml, load_job, merge, read_yaml
-from raylab.preparation import prepare
-from raylab.results import open_tables
-from raylab.search import Search
-from raylab.settings import list_settings, with_settings
-from raylab.specs import Choices, Job
-from raylab.tables import SCHEMAS
-from raylab.views import VIEWS
+from raylab.data.corpus import read_corpus, split_corpus
+from raylab.job.blocks import Corpus
+from raylab.job.jobs import dump_yaml, load_job, merge, read_yaml
+from raylab.job.settings import list_settings, with_settings
+from raylab.job.specs import Choices, Job
+from raylab.results.queries import open_tables
+from raylab.results.tables import SCHEMAS
+from raylab.results.views import VIEWS
+from raylab.runs.preparation import prepare
+from raylab.search.search import Search
 
 ROOT = Path(__file__).resolve().parent.parent
 # Paths in a job are resolved, and the folder may be a link.
@@ -261,12 +261,11 @@ def test_the_readme_lists_every_command_with_options_that_it_has():
 def test_the_readme_lists_the_tables_and_names_only_what_is_there():
     tables = README.partition("## Tables")[2].partition("\n## ")[0]
     assert set(re.findall(r"^\| `(\w+)` \|", tables, re.MULTILINE)) == {*SCHEMAS, *VIEWS}
-    for name in re.findall(r"`raylab\.(\w+)\.(\w+)`", README):
-        assert hasattr(importlib.import_module(f"raylab.{name[0]}"), name[1])
+    for module, name in re.findall(r"`(raylab\.\w+\.\w+)\.(\w+)`", README):
+        assert hasattr(importlib.import_module(module), name)
     # Files of the project: not of what is made up in examples, nor what a run writes.
     for span in re.findall(r"`([\w./]+(?:/|\.(?:py|txt|md|yaml)))`", README):
-        places = [ROOT / span, ROOT / "raylab" / span]
-        assert any(place.exists() for place in places), span
+        assert [*ROOT.glob(span), *ROOT.glob(f"raylab/**/{span}")], span
 
 
 QUERIES = [

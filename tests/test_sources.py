@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from raylab.blocks import Table, Task
-from raylab.sources import read_source
+from raylab.data.sources import read_source
+from raylab.job.blocks import Table, Task
 
 MARKER = "SECRETPATIENT"
 ROWS = [

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from raylab.spans import SAMPLING, Spans, effective_spans, sample_spans
+from raylab.training.spans import SAMPLING, Spans, effective_spans, sample_spans
 
 
 @st.composite

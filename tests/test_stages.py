@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from raylab import stages
-from raylab.stages import FOLDER, VERSIONS, Stage, build_stage, name_stage, open_stage, read_info
-from raylab.world import World
+from raylab.base.world import World
+from raylab.store import stages
+from raylab.store.stages import FOLDER, VERSIONS, Stage, build_stage, name_stage, open_stage, read_info
 
 KEY = {"texts": "abc", "size": 3}
 # spawn: a fork of a process that has threads, as pytest has after other tests, may crash.

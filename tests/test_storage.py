@@ -14,16 +14,21 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from raylab import driver, storage, sweep
-from raylab.compaction import compact_job, compact_results
-from raylab.driver import claim_job, has_lost, read_stop, read_token, request_stop
-from raylab.jobs import dump_yaml, load_job
-from raylab.mistakes import JobError, RemoteError, SupersededError, find_storage_problem
-from raylab.preparation import make_spec, prepare
-from raylab.progress import SweepProgress
-from raylab.repair import repair_job
-from raylab.results import find_job, open_tables, query, summarise_jobs
-from raylab.stages import (
+from raylab.base.mistakes import JobError, RemoteError, SupersededError, find_storage_problem
+from raylab.job.jobs import dump_yaml, load_job
+from raylab.results.compaction import compact_job, compact_results
+from raylab.results.queries import find_job, open_tables, query, summarise_jobs
+from raylab.results.repair import repair_job
+from raylab.results.tables import list_trials, pull_trial, read_rows, read_trial, table_path, write_rows
+from raylab.runs import sweep
+from raylab.runs.preparation import make_spec, prepare
+from raylab.runs.progress import SweepProgress
+from raylab.runs.submission import check_folder
+from raylab.runs.sweep import run_job
+from raylab.runs.trial import run_trial
+from raylab.store import driver, storage
+from raylab.store.driver import claim_job, has_lost, read_stop, read_token, request_stop
+from raylab.store.stages import (
     FOLDER,
     build_stage,
     find_stage,
@@ -32,11 +37,7 @@ from raylab.stages import (
     peek_stage,
     prune_stage,
 )
-from raylab.storage import is_url, name_results, open_results, pull
-from raylab.submission import check_folder
-from raylab.sweep import run_job
-from raylab.tables import list_trials, pull_trial, read_rows, read_trial, table_path, write_rows
-from raylab.trial import run_trial
+from raylab.store.storage import is_url, name_results, open_results, pull
 
 processes = multiprocessing.get_context("spawn")
 SPACE = {"pretrain.objective": {"choices": ["none", "mlm"]}}
@@ -298,7 +299,7 @@ def test_a_pull_that_meets_compaction_sees_every_file(mirror, monkeypatch):
     pull(a)
     with monkeypatch.context() as patch:
         patch.setattr(storage, "_get", meanwhile)
-        patch.setattr("raylab.compaction.pull", lambda *rest: None)  # a's is the same function
+        patch.setattr("raylab.results.compaction.pull", lambda *rest: None)  # a's is the same function
         pull(b)
     assert packed == [{"scores": 4}]
     assert count_versions(b) == {f"t{number}": 1.0 for number in range(4)}
@@ -560,7 +561,7 @@ def test_a_job_whose_machine_is_gone_goes_on_elsewhere_from_its_last_rung(
 
 def test_a_trial_runs_on_a_machine_that_has_nothing(job, mirror, url):
     """Its spec names the URL; there it finds its corpus, tokens and tokenizer, and here what it made."""
-    from raylab.workers import pack_spec, unpack_spec
+    from raylab.runs.workers import pack_spec, unpack_spec
 
     a = mirror("a")
     spec = make_spec(prepare(job, a), {"pretrain.objective": "mlm"}, 0, "fixed")

@@ -3,10 +3,10 @@
 import optuna
 import pytest
 
-from raylab.mistakes import JobError
-from raylab.settings import list_settings, with_settings
-from raylab.studies import write_study
-from raylab.tables import now, write_rows
+from raylab.base.mistakes import JobError
+from raylab.job.settings import list_settings, with_settings
+from raylab.results.tables import now, write_rows
+from raylab.statistics.studies import write_study
 
 SPACE = {
     "pretrain.objective": ["mlm", "declutr"],

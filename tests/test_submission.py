@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 import raylab
-from raylab.jobs import dump_yaml
-from raylab.results import open_tables
+from raylab.job.jobs import dump_yaml
+from raylab.results.queries import open_tables
 
 KEYS = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
@@ -239,7 +239,7 @@ def test_a_running_job_is_told_apart_and_stops(cluster, endless):
 
 SLOW_TO_STOP = r"""
 import sys, time
-from raylab import submission
+from raylab.runs import submission
 
 submission.RAYLAB = "sh -c 'trap \"sleep 4; echo recorded; exit 1\" TERM; echo up; while :; do sleep 0.1; done'"
 with submission.connect(sys.argv[1]) as cluster:

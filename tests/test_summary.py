@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raylab.results import summarise_jobs
-from raylab.summary import COLUMNS, KEY, TIMES, encode_summary, read_summary
-from raylab.tables import SCHEMAS, read_trial, table_path, write_rows
+from raylab.results.queries import summarise_jobs
+from raylab.results.summary import COLUMNS, KEY, TIMES, encode_summary, read_summary
+from raylab.results.tables import SCHEMAS, read_trial, table_path, write_rows
 
 START = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
 ROW: dict[str, Any] = {

@@ -16,11 +16,11 @@ import pytest
 import yaml
 from rich.console import Console
 
-from raylab.jobs import dump_yaml
-from raylab.progress import SweepProgress
-from raylab.results import open_tables
-from raylab.sweep import run_job
-from raylab.tables import list_trials, read_trial
+from raylab.job.jobs import dump_yaml
+from raylab.results.queries import open_tables
+from raylab.results.tables import list_trials, read_trial
+from raylab.runs.progress import SweepProgress
+from raylab.runs.sweep import run_job
 
 pytestmark = pytest.mark.ray
 

@@ -14,8 +14,8 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 
-from raylab import synth
-from raylab.language import build_language
+from raylab.data import synth
+from raylab.data.language import build_language
 
 Columns = dict[str, list[str]]
 

@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from raylab.results import open_tables
-from raylab.settings import SETTINGS, list_settings
-from raylab.specs import Job
-from raylab.tables import (
+from raylab.job.settings import SETTINGS, list_settings
+from raylab.job.specs import Job
+from raylab.results.queries import open_tables
+from raylab.results.tables import (
     SCHEMAS,
     SETTING_COLUMNS,
     list_trials,

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, processors
 from transformers import AutoTokenizer, BertTokenizerFast, PreTrainedTokenizerFast
 
-from raylab import tokens
-from raylab.corpus import digest_column
-from raylab.mistakes import JobError
-from raylab.stages import FOLDER, Stage
-from raylab.tokens import SPECIAL, Vocabulary, copy_tokenizer, open_tokens, store_tokens, train_tokenizer
+from raylab.base.mistakes import JobError
+from raylab.data import tokens
+from raylab.data.corpus import digest_column
+from raylab.data.tokens import SPECIAL, Vocabulary, copy_tokenizer, open_tokens, store_tokens, train_tokenizer
+from raylab.store.stages import FOLDER, Stage
 
 TRAINING = ["the patient was seen in clinic", "the patient denies pain", "Pain was rated 3/10, naïve to opioids"] * 20
 TEXTS = ["the patient", "x", " ", "\n", "", "unseen: 𝄞 漢字 é", "a longer text about a patient " * 50, "the patient"]

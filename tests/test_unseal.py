@@ -14,20 +14,20 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from transformers import AutoTokenizer
 
-from raylab.corpus import TRAIN
-from raylab.draws import draw_shots
-from raylab.encoder import embed, load_encoder
-from raylab.mistakes import JobError
-from raylab.preparation import make_spec, name_point, prepare
-from raylab.progress import SweepProgress
-from raylab.ranking import list_cells, rank_arms
-from raylab.results import query
-from raylab.scores import compute_scores, list_confusions
-from raylab.stages import FOLDER, read_info
-from raylab.sweep import run_job
-from raylab.tables import list_trials, read_rows
-from raylab.tokens import TokenStore, Vocabulary, open_tokens
-from raylab.unseal import unseal_job
+from raylab.base.mistakes import JobError
+from raylab.data.corpus import TRAIN
+from raylab.data.tokens import TokenStore, Vocabulary, open_tokens
+from raylab.encoders.unseal import unseal_job
+from raylab.evaluation.draws import draw_shots
+from raylab.measures.scores import compute_scores, list_confusions
+from raylab.results.queries import query
+from raylab.results.ranking import list_cells, rank_arms
+from raylab.results.tables import list_trials, read_rows
+from raylab.runs.preparation import make_spec, name_point, prepare
+from raylab.runs.progress import SweepProgress
+from raylab.runs.sweep import run_job
+from raylab.store.stages import FOLDER, read_info
+from raylab.training.encoder import embed, load_encoder
 
 NONE, MLM = ({"pretrain.objective": objective} for objective in ("none", "mlm"))
 

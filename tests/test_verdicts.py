@@ -5,8 +5,16 @@ import json
 
 import numpy as np
 
-from raylab.comparisons import compare_arms
-from raylab.verdicts import EXPLORATORY, PRIMARY, Verdict, as_row, list_verdicts, tell_comparison, tell_verdicts
+from raylab.statistics.comparisons import compare_arms
+from raylab.statistics.verdicts import (
+    EXPLORATORY,
+    PRIMARY,
+    Verdict,
+    as_row,
+    list_verdicts,
+    tell_comparison,
+    tell_verdicts,
+)
 
 
 def compare(values, num_seeds, noise=0.02, **options):

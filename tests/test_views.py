@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from test_results import CELL, write_scores, write_trial
 
-from raylab.mistakes import JobError
-from raylab.results import open_tables, query, read_cell
-from raylab.tables import write_rows
+from raylab.base.mistakes import JobError
+from raylab.results.queries import open_tables, query, read_cell
+from raylab.results.tables import write_rows
 
 SPAN = "pretrain.declutr.max_span"
 JOB = """
@@ -99,7 +99,7 @@ def studied(tmp_path: Path) -> Path:
 
 
 def interval(values: list[float]) -> list[Any]:
-    from raylab.ranking import compute_interval
+    from raylab.results.ranking import compute_interval
 
     found = compute_interval(values)
     return [pytest.approx(found.mean), pytest.approx(found.low), pytest.approx(found.high), len(values)]
@@ -162,7 +162,7 @@ def test_views_of_a_folder_without_job_files_or_rows(tmp_path: Path) -> None:
 def test_quantiles_are_those_of_scipy() -> None:
     from scipy import stats
 
-    from raylab.views import list_quantiles
+    from raylab.results.views import list_quantiles
 
     expected = [stats.t.ppf(0.975, degrees) for degrees in range(1, len(list_quantiles()) + 1)]
     assert list_quantiles() == pytest.approx(expected, rel=1e-10)

@@ -7,11 +7,12 @@ import threading
 import numpy as np
 import pytest
 
-from raylab import cells, sweep
-from raylab.finetune import Tuning
-from raylab.stages import FOLDER
-from raylab.tables import read_rows, read_trial
-from raylab.trial import run_trial
+from raylab.evaluation import cells
+from raylab.evaluation.finetune import Tuning
+from raylab.results.tables import read_rows, read_trial
+from raylab.runs import sweep
+from raylab.runs.trial import run_trial
+from raylab.store.stages import FOLDER
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -55,7 +56,7 @@ def run_pair(cluster, tmp_path, monkeypatch):
 
     In a worker's process `prepare()` is called first, and `die(rank, step)` before each; parts are of 50 steps.
     """
-    from raylab import workers
+    from raylab.runs import workers
 
     def run(spec, die=None, prepare=lambda: None):
         notes = tmp_path / "begun"
@@ -64,9 +65,9 @@ def run_pair(cluster, tmp_path, monkeypatch):
         def work(config):
             import torch.distributed as dist
 
-            from raylab import cells
-            from raylab.finetune import Tuning
-            from raylab.workers import train_worker
+            from raylab.evaluation import cells
+            from raylab.evaluation.finetune import Tuning
+            from raylab.runs.workers import train_worker
 
             cells.PART_STEPS, real = 50, Tuning.train
 
@@ -202,7 +203,7 @@ def test_an_evaluation_that_is_infeasible_ends_both(run_pair, make_spec, tmp_pat
     """Rank 0 records it and ends its part of the trial, without an error that would end the other's process."""
 
     def refuse():
-        from raylab.mistakes import InfeasibleError
+        from raylab.base.mistakes import InfeasibleError
 
         real = cells.copy_above
 

@@ -1,0 +1,1 @@
+"""The commands of `raylab`, by subject, and what they print."""

@@ -1,0 +1,1 @@
+"""An encoder's evaluation: draws, freeze depths, probes, fine-tuning, baselines."""

@@ -1,0 +1,1 @@
+"""What a job file says: its models, settings, designs and mistakes."""

@@ -1,0 +1,139 @@
+"""What a job asked and what its arms show: the declared comparison first, then the arms ranked, baselines among them."""
+
+import math
+from typing import Any
+
+from raylab.job.designs import FIXED
+from raylab.job.settings import resolve_target
+from raylab.report.drawing import start_figure, wrap_label
+from raylab.report.parts import Missing, Plot, Section, Study, Table, name_arm, tell_cell
+from raylab.results.ranking import BASELINE, Interval, RankedArm, find_front, rank_arms
+from raylab.statistics.analysis import analyse_job, measure_gap, name_given, tell_gap
+from raylab.statistics.verdicts import PRIMARY, list_verdicts, tell_verdicts
+
+# More arms than these would not fit on one figure; the table has all.
+MOST_DRAWN = 30
+
+
+def tell_question(study: Study) -> Section:
+    """What the job asked, the verdict in words, and every comparison behind it."""
+    job = study.job
+    verdicts, notes = analyse_job(study.results, job, study.target)
+    if job.analysis.primary is not None:
+        asked = f"Asked before the data were seen: {job.analysis.primary}?"
+    else:
+        asked = f"Asked: which of {len(study.arms.rows)} arms is best at {tell_cell(study.cell)}?"
+    told = tell_verdicts(verdicts)
+    if (gap := measure_gap(study.results, job, study.target)) is not None:
+        told.append(tell_gap(gap))
+    rows = list_verdicts(verdicts)
+    columns = {
+        "role": "part", "label_a": "A", "label_b": "B", "num_seeds": "seeds", "difference": "A - B", "low": "low",
+        "high": "high", "p": "p", "p_holm": "p, Holm", "superiority": "P(A > B)", "seeds_needed": "seeds to decide",
+    }  # fmt: skip
+    about = (
+        f"Compared at {tell_cell(study.cell)}, on validation. The seed is the unit: draws are averaged within it and "
+        "arms are paired on shared seeds. Intervals are of 95 %: Student's t below 20 seeds, BCa from 20 on; p is of "
+        "the sign-flip test, with Holm's correction over the exploratory comparisons."
+    )
+    given = name_given(job)
+    limits = f"All of it is said {given}: other splits were not tried." if given else "Splits vary with the seed."
+    parts: list[Table | Plot | str] = [about, limits, *notes]
+    if rows:
+        rows = sorted(rows, key=lambda row: (row["role"] != PRIMARY, row["p_holm"] is None, row["p_holm"]))
+        parts.append(Table("comparisons", "Comparisons, smallest p first", rows, columns))
+    return Section("question", "Question and verdict", [asked, *told], parts)
+
+
+def tell_arms(study: Study) -> Section:
+    """The ranked arms with intervals and baselines, and with several targets their Pareto front."""
+    job = study.job
+    ranked = rank_arms(
+        study.results, job, study.target.table, study.cell, study.target.mode, study.arms.base or "", "validation",
+        list(study.arms.rows),
+    )  # fmt: skip
+    if not ranked:
+        raise Missing(f"no ranked arm has a value at {tell_cell(study.cell)}")
+    rows = [_row(study, place, row) for place, row in enumerate(ranked, 1)]
+    columns = {
+        "rank": "rank", "label": "arm", "mean": "mean", "low": "low", "high": "high", "num_seeds": "seeds",
+        "difference": "to base", "difference_low": "low", "difference_high": "high",
+    }  # fmt: skip
+    what = "confirmed arms" if job.search.design not in FIXED else "arms"
+    lead = [
+        f"{len(study.arms.rows)} {what} at {tell_cell(study.cell)}, best mean over seeds first"
+        + (" (lower is better)." if study.target.mode == "min" else ".")
+        + " Overlapping intervals do not mean that arms are equal, as they are compared in pairs."
+    ]
+    plot = _draw_ranking(study, ranked, rows)
+    front = _table_front(study)
+    return Section("arms", "Arms ranked", lead, [plot, Table("arms", "Arms ranked", rows, columns), *front])
+
+
+def _row(study: Study, place: int, row: RankedArm) -> dict[str, Any]:
+    settings = study.arms.rows.get(row.arm, {})
+    low, high = _ends(row.value)
+    found: dict[str, Any] = {
+        "rank": place, "arm": row.arm, "label": _label(study, row), "mean": row.value.mean, "low": low, "high": high,
+        "num_seeds": row.value.num_seeds, "difference": None, "difference_low": None, "difference_high": None,
+    }  # fmt: skip
+    if row.difference is not None:
+        low, high = _ends(row.difference)
+        found |= {"difference": row.difference.mean, "difference_low": low, "difference_high": high}
+    return found | {name: settings.get(name) for name in study.job.search.space}
+
+
+def _ends(interval: Interval) -> tuple[float | None, float | None]:
+    return (None, None) if math.isnan(interval.low) else (interval.low, interval.high)
+
+
+def _label(study: Study, row: RankedArm) -> str:
+    if row.arm.startswith(BASELINE):
+        return f"{row.arm.removeprefix(BASELINE)} (baseline)"
+    return name_arm(study, row.arm)
+
+
+def _draw_ranking(study: Study, ranked: list[RankedArm], rows: list[dict[str, Any]]) -> Plot:
+    own = [row for row in ranked if not row.arm.startswith(BASELINE)][:MOST_DRAWN]
+    lines = [row for row in ranked if row.arm.startswith(BASELINE)]
+    figure, panels = start_figure(height=0.9 + 0.3 * len(own))
+    panel = panels[0, 0]
+    for place, row in enumerate(own):
+        is_base = row.arm == study.arms.base
+        if not math.isnan(row.value.low):
+            panel.plot([row.value.low, row.value.high], [place, place], color="#595959", linewidth=1.6)
+        panel.plot(row.value.mean, place, "s" if is_base else "o", color="black", markersize=6,
+                   markerfacecolor="white" if is_base else "black")  # fmt: skip
+    for number, row in enumerate(lines):
+        panel.axvline(row.value.mean, color="#595959", linestyle=("--", ":", "-.")[number % 3], linewidth=1.2,
+                      label=_label(study, row))  # fmt: skip
+    panel.set_yticks(range(len(own)), [wrap_label(_label(study, row)) for row in own])
+    panel.set_ylim(len(own) - 0.5, -0.5)
+    panel.set_xlabel(f"{study.cell['metric']}, mean over seeds and 95 % interval; hollow: the base arm")
+    panel.grid(axis="x")
+    if lines:
+        figure.legend(loc="outside upper right", ncols=len(lines), fontsize=8)
+    first, last = own[0], own[-1]
+    alt = (
+        f"{len(own)} arms from {_label(study, first)} with {first.value.mean:.3f} down to {_label(study, last)} with "
+        f"{last.value.mean:.3f}"
+        + "".join(f"; {_label(study, row)} at {row.value.mean:.3f}" for row in lines)
+        + (f"; {len(ranked) - len(lines) - len(own)} more arms are in the table." if len(ranked) - len(lines) > len(own) else ".")
+    )  # fmt: skip
+    return Plot("arms-ranked", f"Arms by {study.cell['metric']}", alt, figure, rows)
+
+
+def _table_front(study: Study) -> list[Table | Plot | str]:
+    """With several targets: the arms that no other beats on all of them."""
+    job, targets = study.job, study.job.search.targets
+    if len(targets) < 2:
+        return []
+    names = [f"{tell_cell(resolve_target(job, target))} ({target.mode})" for target in targets]
+    front = find_front(study.results, job, study.arms.base or "", "validation", list(study.arms.rows))
+    rows = [
+        {"arm": name_arm(study, row.arm)} | {name: value.mean for name, value in zip(names, row.values, strict=True)}
+        for row in front
+    ]
+    if not rows:
+        return []
+    return [Table("pareto-targets", "Pareto front: the arms that no other beats on every target", rows)]

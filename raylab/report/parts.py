@@ -1,0 +1,74 @@
+"""What a report is made of: sections of sentences, tables and figures; and what of a job every section reads."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from raylab.job.specs import Job, Target
+from raylab.statistics.analysis import Arms
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Row = Mapping[str, Any]
+
+
+class Study(NamedTuple):
+    """A job whose results are told: its tables, the cell in which its arms are compared, and those arms."""
+
+    results: Path
+    job: Job
+    target: Target
+    cell: dict[str, Any]
+    arms: Arms
+
+
+class Table(NamedTuple):
+    """Rows of one set of keys: `shown` of them stand in the page, all in `tables/NAME.csv`.
+
+    `name`: lower case with hyphens, once in a report. `columns`: key -> heading of those that the page shows; else all.
+    """
+
+    name: str
+    title: str
+    rows: Sequence[Row]
+    columns: Mapping[str, str] | None = None
+    shown: int = 20
+
+
+class Plot(NamedTuple):
+    """A drawn figure, kept as `figures/NAME.svg` and `.png`, with the rows that it shows as `tables/NAME.csv`.
+
+    `alt` tells in words what is to be seen, numbers included, for who does not see it. `raster`: too many marks for
+    an SVG in the page, which then holds the PNG.
+    """
+
+    name: str
+    title: str
+    alt: str
+    figure: "Figure"
+    rows: Sequence[Row]
+    raster: bool = False
+
+
+class Section(NamedTuple):
+    """A subject: what is to be read first, then tables and figures. `name` is its anchor in the page."""
+
+    name: str
+    title: str
+    lead: Sequence[str]
+    parts: Sequence[Table | Plot | str] = ()
+
+
+class Missing(Exception):
+    """A section has nothing to show; the reason is told at the end of the page."""
+
+
+def name_arm(study: Study, arm: str) -> str:
+    """An arm for people: what sets it apart; its hash where nothing does."""
+    return study.arms.labels.get(arm) or arm
+
+
+def tell_cell(cell: Mapping[str, Any]) -> str:
+    """A cell for people: its keys that have a value."""
+    return ", ".join(f"{key}={value}" for key, value in cell.items() if value is not None)

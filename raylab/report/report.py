@@ -1,0 +1,40 @@
+"""A job's report: which sections it has, in the order in which they are read."""
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import raylab
+from raylab.base.mistakes import JobError
+from raylab.job.settings import resolve_target
+from raylab.job.specs import Job
+from raylab.report.conclusions import tell_arms, tell_question
+from raylab.report.page import write_page
+from raylab.report.parts import Missing, Section, Study
+from raylab.statistics.analysis import default_target, list_arms
+
+SECTIONS: dict[str, Callable[[Study], Section]] = {
+    "question": tell_question,
+    "arms": tell_arms,
+}
+
+
+def write_report(results: Path, job: Job, folder: Path) -> Path:
+    """Writes the report of a job into a folder; gives its page. All from the tables and kept stages, no document text.
+
+    Raises JobError where no arm has run to the end yet, or the folder holds something else.
+    """
+    target = default_target(job)
+    study = Study(results, job, target, resolve_target(job, target), list_arms(results, job))
+    if not study.arms.rows:
+        raise JobError([f"report: no arm of {job.name} has run to the end yet; 'raylab status {job.name}' tells more"])
+    sections, left_out = [], []
+    for name, tell in SECTIONS.items():
+        try:
+            sections.append(tell(study))
+        except Missing as reason:
+            left_out.append(f"{name.capitalize()}: {reason}")
+    if left_out:
+        sections.append(Section("left-out", "Not in this report", (), left_out))
+    now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return write_page(sections, f"{job.name}: report", f"raylab {raylab.__version__}, {now}", folder)

@@ -1,0 +1,1 @@
+"""The result tables: written, packed, read and queried."""

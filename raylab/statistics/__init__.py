@@ -1,0 +1,1 @@
+"""What can be concluded: comparisons, effects, importances, correlations, diagnosis."""

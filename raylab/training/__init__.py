@@ -1,0 +1,1 @@
+"""Pre-training: encoders, batches, objectives, rungs, held-out measures."""
