@@ -15,6 +15,7 @@ from statsmodels.stats.power import TTestPower
 
 from raylab.base.mistakes import JobError
 from raylab.statistics.comparisons import (
+    RESAMPLES,
     SAMPLED_FLIPS,
     adjust_holm,
     compare_arms,
@@ -98,22 +99,39 @@ def test_the_t_interval_is_that_of_scipy_and_pingouin(case):
     assert list(interval) == pytest.approx([low, high], abs=0.006)
 
 
-@pytest.mark.parametrize("case", range(10))
-def test_the_bca_interval_is_that_of_the_formula(case):
-    """Efron's formula on resamples of another generator; both are of chance, within a fifth of a standard error."""
-    rng = np.random.default_rng(case)
-    differences = rng.exponential(1, rng.integers(20, 40)) - 0.5
-    num = len(differences)
-    means = differences[rng.integers(0, num, (40_000, num))].mean(1)
-    bias = stats.norm.ppf((means < differences.mean()).mean())
+# Shapes of differences: symmetric, skewed, of heavy tails, with ties.
+SHAPES = [
+    lambda rng, num: rng.normal(0.2, 1, num),
+    lambda rng, num: rng.exponential(1, num) - 0.5,
+    lambda rng, num: rng.standard_t(3, num),
+    lambda rng, num: np.round(rng.gamma(2, 1, num), 1) - 1,
+]
+
+
+def compute_bca(differences, means):
+    """Where Efron's interval (1987) ends among the means of resamples, as shares of them below; ties count half."""
+    mean, num = differences.mean(), len(differences)
+    bias = stats.norm.ppf(((means < mean).mean() + (means <= mean).mean()) / 2)
     left_out = (differences.sum() - differences) / (num - 1)
     apart = left_out.mean() - left_out
     bend = (apart**3).sum() / (6 * (apart**2).sum() ** 1.5)
     ends = [bias + (bias + z) / (1 - bend * (bias + z)) for z in stats.norm.ppf([0.025, 0.975])]
-    expected = np.quantile(means, stats.norm.cdf(ends))
+    return stats.norm.cdf(ends)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_bca_interval_is_that_of_the_formula(case):
+    """On the same resamples to the last digits; among others, which are of chance too, at the same shares."""
+    rng = np.random.default_rng(case)
+    differences = SHAPES[case % 4](rng, int(rng.integers(20, 60)))
+    num = len(differences)
     low, high, name = compute_bounds(differences)
     assert name == "BCa"
-    assert [low, high] == pytest.approx(list(expected), abs=0.2 * stats.sem(differences))
+    same = differences[np.random.default_rng(0).integers(0, num, (RESAMPLES, num))].mean(1)
+    assert [low, high] == pytest.approx(list(np.quantile(same, compute_bca(differences, same))), rel=1e-9)
+    others = differences[rng.integers(0, num, (40_000, num))].mean(1)
+    reached = [((others < end).mean() + (others <= end).mean()) / 2 for end in (low, high)]
+    assert reached == pytest.approx(list(compute_bca(differences, others)), abs=0.012)
     assert compute_bounds(differences)[:2] == (low, high)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_results import CELL, write_scores, write_trial
+from test_queries import CELL, write_scores, write_trial
 
 from raylab.base.mistakes import JobError
 from raylab.results.queries import open_tables, query, read_cell
