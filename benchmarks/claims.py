@@ -7,9 +7,13 @@ pair: two arms. draws: they differ by seed (SD 0.7) and by draw (SD 1.5), each s
 in raylab's jobs. folds: the same, but the draws are the same for every seed, as folds are, and said to be: the arm that
 suits these folds wins on every seed. common: the same, and not said. base: nine arms against the base arm. search: TPE
 asks for 64 arms of pure noise, the best five are confirmed with the base arm on nine fresh seeds.
+
+Key `planted`, the other side: factorials of four settings with three main effects and an interaction in them, on twelve
+seeds. Sweeps that name all four, and sweeps that name something else: that too is a false claim, with the same bar.
 """
 
 import argparse
+import itertools
 import json
 import tempfile
 from collections.abc import Callable
@@ -25,6 +29,7 @@ from raylab.job.settings import list_settings, with_settings
 from raylab.job.specs import Job
 from raylab.search.search import Search
 from raylab.statistics.comparisons import Comparison, compare_arms
+from raylab.statistics.effects import compute_effects, list_contrasts
 
 SEEDS, DRAWS = 9, 5
 SEED_SD, DRAW_SD = 0.7, 1.5
@@ -40,6 +45,10 @@ SPACE = {
     "pretrain.mlm.mask_fraction": {"low": 0.05, "high": 0.5},
 }
 Arms = dict[str, dict[int, dict[int, float]]]
+# Settings that are on -> what that adds. With b, a does 0.4 more: over all arms, b adds 0.2.
+PLANTED = {"a": 0.3, "c": -0.3, "ab": 0.4}
+THERE = {"a", "b", "c", "ab"}
+PLANTED_SEEDS, PLANTED_DRAWS = 12, 3
 
 
 def make_arms(
@@ -136,20 +145,49 @@ def count_claims(world: str, num: int, seed: int = 0) -> dict[str, Any]:
     return {"sweeps": num, "claims": claims, "rate": claims / num, "rate_below": float(interval.high)}
 
 
+def run_planted(rng: np.random.Generator) -> set[str]:
+    """The effects that are shown in a factorial of settings a to d, by the settings' names: 'a', 'ab'."""
+    levels = {"".join(map(str, point)): dict(zip("abcd", point, strict=True))
+              for point in itertools.product((0, 1), repeat=4)}  # fmt: skip
+    seeds, scores = rng.normal(0, 0.2, (PLANTED_SEEDS, 1)), {}
+    for arm, own in levels.items():
+        mean = sum(size * all(own[name] for name in names) for names, size in PLANTED.items())
+        noise = rng.normal(0, 0.05, (PLANTED_SEEDS, 1)) + rng.normal(0, 0.1, (PLANTED_SEEDS, PLANTED_DRAWS))
+        scores[arm] = {seed: dict(enumerate(map(float, draws))) for seed, draws in enumerate(mean + seeds + noise)}
+    effects = compute_effects(scores, list_contrasts(levels, {name: [0, 1] for name in "abcd"}))
+    shown = [effect.contrast for effect in effects if effect.comparison.better is not None]
+    return {c.change.setting + (c.by.setting if c.by else "") for c in shown}
+
+
+def count_planted(num: int, seed: int = 0) -> dict[str, Any]:
+    """Of `num` sweeps with planted effects, how many name them all, and how many name something else."""
+    named = [run_planted(np.random.default_rng([seed, len(WORLDS), index])) for index in range(num)]
+    others = sum(not shown <= THERE for shown in named)
+    interval = stats.binomtest(others, num).proportion_ci(0.95)
+    return {"sweeps": num, "all_named": sum(shown >= THERE for shown in named), "something_else": others,
+            "rate": others / num, "rate_below": float(interval.high)}  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sweeps", type=int, default=2000, help="sweeps a world (default %(default)s)")
+    parser.add_argument("--planted", type=int, default=1000, help="with planted effects, or 0 (default %(default)s)")
     parser.add_argument("--searches", type=int, default=2000, help="of the world 'search' (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--worlds", nargs="+", choices=list(WORLDS), default=list(WORLDS))
     options = parser.parse_args()
-    if options.sweeps < 1 or options.searches < 1:
-        parser.error("--sweeps and --searches must be at least 1")
+    if options.sweeps < 1 or options.searches < 1 or options.planted < 0:
+        parser.error("--sweeps and --searches must be at least 1, --planted at least 0")
     found = {}
     for world in options.worlds:
         found[world] = count_claims(world, options.searches if world == "search" else options.sweeps, options.seed)
         print(f"{world}: {found[world]['claims']} of {found[world]['sweeps']} sweeps claim something", flush=True)
-    print(json.dumps({"seeds": SEEDS, "draws": DRAWS, "bar": 0.05, "worlds": found}))
+    printed: dict[str, Any] = {"seeds": SEEDS, "draws": DRAWS, "bar": 0.05, "worlds": found}
+    if options.planted:
+        printed["planted"] = count_planted(options.planted, options.seed)
+        print(f"planted: {printed['planted']['all_named']} of {options.planted} sweeps name all effects that are there, "
+              f"{printed['planted']['something_else']} something else", flush=True)  # fmt: skip
+    print(json.dumps(printed))
 
 
 if __name__ == "__main__":

@@ -49,3 +49,9 @@ def test_a_search_of_noise_finds_no_better_arm(claims):
     assert all(3 <= len(rows) <= 5 for rows in found)
     assert all(rows[0].num_seeds == claims.SEEDS for rows in found)
     assert sum(any(row.better is not None for row in rows) for rows in found) <= 2
+
+
+def test_planted_effects_are_named_and_few_sweeps_name_something_else(claims):
+    found = claims.count_planted(60)
+    assert found["all_named"] == found["sweeps"] == 60
+    assert found["something_else"] <= stats.binom.ppf(0.99, 60, 0.05)

@@ -3,7 +3,6 @@
 import json
 
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
@@ -21,13 +20,12 @@ COLUMNS = {"arm": "model", "seed": "run", "value": "f1", "draw": "fold"}
 
 def write(folder, ending, rows=ROWS):
     path = folder / f"scores.{ending}"
-    table = pa.Table.from_pylist(rows)
     if ending == "jsonl":
         path.write_text("\n".join(json.dumps(row) for row in rows))
     elif ending == "parquet":
-        pq.write_table(table, path)
+        pq.write_table(pa.Table.from_pylist(rows), path)
     else:
-        pa.csv.write_csv(table, path)
+        path.write_text("\n".join(",".join(map(str, cells)) for cells in (rows[0], *(row.values() for row in rows))))
     return path
 
 
@@ -53,8 +51,8 @@ def change(row, **values):
         ({"arm": "modle"}, ROWS, "--arm modle: no such column; did you mean 'model'?"),
         ({"value": "zzz"}, ROWS, "--value zzz: no such column; columns: model, run, fold, f1, name"),
         ({"seed": "model"}, ROWS, "must be columns of their own; name each once"),
-        ({"value": "name"}, ROWS, "--value name: 8 of 8 rows hold no finite number"),
-        ({}, change(True, f1=None), "--value f1: 1 of 8 rows hold no finite number"),
+        ({"value": "name"}, ROWS, "--value name: 8 of 8 rows hold no finite number, rows 1, 2, 3, 4, 5, ... (the first"),
+        ({}, change(True, f1=None), "--value f1: 1 of 8 rows hold no finite number, row 1 (the first of the data is 1"),
         ({}, change(True, f1=float("nan")), "--value f1: 1 of 8 rows hold no finite number"),
         ({}, change(True, f1=float("inf")), "--value f1: 1 of 8 rows hold no finite number"),
         ({}, change(True, run=None), "--seed run: 1 of 8 rows have none"),
@@ -71,6 +69,24 @@ def test_a_wrong_table_is_refused_in_one_line_without_its_cells(columns, rows, p
     [line] = refused.value.problems
     assert problem in line
     assert "secret" not in line
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_text_among_the_values_is_named_by_its_rows_without_it(ending, tmp_path):
+    """Also behind the first megabyte, by which Arrow takes a column for numbers."""
+    rows = [{"model": m, "run": run, "fold": 0, "f1": 0.001 * run} for m in "ab" for run in range(40_000)]
+    path = write(tmp_path, ending, rows)
+    assert read_observations(path, **COLUMNS)["a"][7] == {0: pytest.approx(0.007)}
+    for row, text in ((3, "n/a"), (70_000, "-"), (70_001, "secret"), (70_003, "True"), (79_999, "1_0")):
+        rows[row - 1]["f1"] = text
+    rows[70_001]["f1"] = "" if ending == "csv" else None
+    write(tmp_path, ending, rows)
+    with pytest.raises(JobError) as refused:
+        read_observations(path, **COLUMNS)
+    assert refused.value.problems == [
+        "--value f1: 6 of 80000 rows hold no finite number, rows 3, 70000, 70001, 70002, 70003, ... (the first of the "
+        "data is 1); write a number there, or remove those rows"
+    ]
 
 
 def test_a_file_that_is_no_table_is_refused(tmp_path):

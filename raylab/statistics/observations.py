@@ -3,6 +3,7 @@
 import difflib
 import math
 from collections.abc import Callable
+from json import loads
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +14,36 @@ from raylab.base.mistakes import JobError
 
 # A column of more names than that is not one of arms: their texts are not shown either.
 MOST_ARMS = 1000
+# Rows that are named where their values are no numbers.
+MOST_ROWS = 5
 
 
-def _read_csv(path: Path) -> pa.Table:
+def _read_csv(path: Path, value: str) -> pa.Table:
     from pyarrow import csv
 
-    return csv.read_csv(path)
+    # As text: of a column that is not all numbers, Arrow says no more than that.
+    return csv.read_csv(path, convert_options=csv.ConvertOptions(column_types={value: pa.string()}))
 
 
-def _read_jsonl(path: Path) -> pa.Table:
+def _read_jsonl(path: Path, value: str) -> pa.Table:
     from pyarrow import json
 
-    return json.read_json(path)
+    try:
+        return json.read_json(path)
+    except pa.ArrowInvalid:
+        # A column of numbers and text, which Arrow refuses: lines as Python reads them, in which text stays text.
+        rows = [loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        names = dict.fromkeys(name for row in rows for name in row)
+        columns = {name: [row.get(name) for row in rows] for name in names}
+        if value in columns:
+            columns[value] = [cell if cell is None else str(cell) for cell in columns[value]]
+        return pa.Table.from_pydict(columns)
 
 
-# A file's ending -> how it is read. Not by pyarrow's datasets, which load pandas.
-READERS: dict[str, Callable[[Path], pa.Table]] = {
+# A file's ending -> how it is read, with the column of values. Not by pyarrow's datasets, which load pandas.
+READERS: dict[str, Callable[[Path, str], pa.Table]] = {
     ".csv": _read_csv,
-    ".parquet": lambda path: pq.ParquetFile(path).read(),
+    ".parquet": lambda path, value: pq.ParquetFile(path).read(),
     ".jsonl": _read_jsonl,
 }
 
@@ -46,10 +59,10 @@ def read_observations(
     if path.suffix not in READERS:
         raise JobError([f"{path}: not a table that can be read; use one of {', '.join(READERS)}"])
     try:
-        table = READERS[path.suffix](path)
+        table = READERS[path.suffix](path, value)
     except FileNotFoundError:
         raise JobError([f"{path}: is not there; correct the path"]) from None
-    except (pa.ArrowException, OSError, UnicodeDecodeError):
+    except (pa.ArrowException, OSError, ValueError, AttributeError):
         raise JobError([f"{path}: can't be read as {path.suffix.lstrip('.')}; check that it is such a file"]) from None
     columns = {"--arm": arm, "--seed": seed, "--value": value} | ({"--draw": draw} if draw else {})
     if problems := [_miss(table, option, name) for option, name in columns.items() if name not in table.column_names]:
@@ -63,10 +76,12 @@ def read_observations(
         if empty := sum(cell is None or cell == "" for cell in cells[option]):
             raise JobError([f"{option} {columns[option]}: {empty} of {len(table)} rows have none; fill or remove them"])
     numbers = [_as_number(cell) for cell in cells["--value"]]
-    if wrong := sum(not math.isfinite(number) for number in numbers):
+    if wrong := [row for row, number in enumerate(numbers, 1) if not math.isfinite(number)]:
+        listed = ", ".join(map(str, wrong[:MOST_ROWS])) + (", ..." if len(wrong) > MOST_ROWS else "")
         raise JobError(
-            [f"--value {value}: {wrong} of {len(table)} rows hold no finite number; fill or remove those rows"]
-        )
+            [f"--value {value}: {len(wrong)} of {len(table)} rows hold no finite number, row{'s' * (len(wrong) > 1)} "
+             f"{listed} (the first of the data is 1); write a number there, or remove those rows"]
+        )  # fmt: skip
     arms = [str(cell) for cell in cells["--arm"]]
     if len(set(arms)) > MOST_ARMS:
         raise JobError([f"--arm {arm}: names {len(set(arms)):,} arms; name a column of at most {MOST_ARMS:,}"])
@@ -92,5 +107,10 @@ def _miss(table: pa.Table, option: str, name: str) -> str:
 
 
 def _as_number(cell: Any) -> float:
-    """A cell as a number; NaN for what is none, text and truth values too."""
-    return float(cell) if isinstance(cell, int | float) and not isinstance(cell, bool) else math.nan
+    """A cell as a number, also one that is written as text; NaN for what is none, and for truth values."""
+    if isinstance(cell, bool) or not isinstance(cell, int | float | str) or (isinstance(cell, str) and "_" in cell):
+        return math.nan
+    try:
+        return float(cell)
+    except ValueError:
+        return math.nan
