@@ -9,7 +9,7 @@ from raylab.base.mistakes import JobError
 from raylab.job.primary import read_cell_target
 from raylab.job.settings import list_settings, resolve_target, with_settings
 from raylab.results.tables import now, write_rows
-from raylab.runs.plan import plan_comparisons
+from raylab.runs.plan import plan_comparisons, tell_comparisons
 from raylab.statistics.analysis import (
     analyse_job,
     compare_named,
@@ -214,13 +214,30 @@ def test_plan_says_how_many_seeds_the_declared_comparisons_need(make_job, search
 def test_plan_counts_the_seeds_of_a_confirmation(make_job):
     found = plan_comparisons(make_search(make_job, "winner vs base"))
     assert (found["seeds"], found["family"]) == (3, 1)
+    assert tell_comparisons(found).startswith(
+        "comparisons: 3 seeds an arm; needed at least: 6 for the primary one, 6 for 1 exploratory ones; "
+    )
     assert found["warnings"][0].startswith(
         "search.confirm.seeds: 3 can't show the primary comparison (p is never under 0.25)"
     )
     lonely = make_search(make_job)
     lonely = lonely.model_copy(update={"search": lonely.search.model_copy(update={"confirm": None})})
-    [warning] = plan_comparisons(lonely)["warnings"]
+    found = plan_comparisons(lonely)
+    [warning] = found["warnings"]
     assert "search.confirm is not set" in warning
+    assert tell_comparisons(found) is None
+
+
+def test_a_winner_that_is_the_base_arm_is_told(make_job, write, tmp_path):
+    job = make_search(make_job, "winner vs base")
+    write(job, "base", 0, 0.9, phase="search")
+    write(job, "other", 0, 0.8, {"pretrain.learning_rate": 2e-4}, phase="search")
+    for seed in (5, 6, 7):
+        write(job, "base", seed, 0.9, phase="confirm")
+        write(job, "other", seed, 0.8, {"pretrain.learning_rate": 2e-4}, phase="confirm")
+    verdicts, [note] = analyse_job(tmp_path, job)
+    assert [verdict.role for verdict in verdicts] == [EXPLORATORY]
+    assert note == "primary comparison: 'winner' and 'base' turned out to be one arm, base"
 
 
 def test_in_another_cell_than_the_declared_all_is_exploratory(objectives, write, tmp_path):

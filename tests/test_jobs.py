@@ -306,7 +306,7 @@ def test_a_geometry_target_that_is_measured_nowhere_is_refused() -> None:
 def test_every_setting_is_read_outside_the_models() -> None:
     """By its attribute name or its whole dotted name; specs and settings don't count."""
     names: set[str] = set()
-    for path in (ROOT / "raylab").glob("*.py"):
+    for path in (ROOT / "raylab").rglob("*.py"):
         if path.name not in ("specs.py", "settings.py"):
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.Attribute):

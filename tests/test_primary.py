@@ -126,6 +126,24 @@ def test_a_search_takes_values_of_its_space_and_its_winner(make):
     assert problem == "analysis.primary: learning_rate=1: no arm has it; from 1e-05 to 0.001"
 
 
+def test_an_inherited_declaration_that_does_not_fit_names_its_removal(make, tmp_path):
+    (tmp_path / "base.yaml").write_text(dump_yaml(make("objective=mlm vs base")))
+    variant = "base: base.yaml\nsearch: {space: null}\n"
+    (tmp_path / "variant.yaml").write_text(variant + "pretrain: {weight_decay: 0.2}\n")
+    with pytest.raises(JobError) as refused:
+        load_job(tmp_path / "variant.yaml")
+    where = "analysis.primary: "
+    assert refused.value.problems[-1] == (
+        f"{where}is inherited from the base; name arms of this job, or leave it out: 'analysis: null'"
+    )
+    (tmp_path / "variant.yaml").write_text(variant + "analysis: null\n")
+    assert load_job(tmp_path / "variant.yaml").analysis.primary is None
+    (tmp_path / "variant.yaml").write_text(variant + "analysis: {primary: objectiv=mlm vs base}\n")
+    with pytest.raises(JobError) as refused:
+        load_job(tmp_path / "variant.yaml", overrides={"pretrain.objective": "mlm"})
+    assert not any("inherited" in problem for problem in refused.value.problems)
+
+
 def test_the_declaration_is_kept_with_the_job_and_is_no_setting(make, tmp_path):
     job = make("objective=mlm vs base")
     (tmp_path / "job.yaml").write_text(dump_yaml(job))

@@ -28,6 +28,7 @@ from raylab.job.specs import Choices, Job
 from raylab.results.queries import open_tables
 from raylab.results.tables import SCHEMAS
 from raylab.results.views import VIEWS
+from raylab.runs.plan import plan_comparisons
 from raylab.runs.preparation import prepare
 from raylab.search.search import Search
 
@@ -116,6 +117,13 @@ def test_a_shipped_job_is_right_and_is_kept_as_it_is(path, tmp_path):
     assert ask_arms(job, tmp_path)
 
 
+@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
+def test_a_shipped_job_that_has_arms_to_compare_says_which_first(path):
+    job = load_job(path)
+    assert (job.analysis.primary is not None) == bool(job.search.space)
+    assert (plan_comparisons(job)["seeds_at_least"]["primary"] == 6) == bool(job.search.space)
+
+
 @pytest.mark.parametrize("path", SPACES, ids=lambda path: path.stem)
 def test_every_value_of_a_shipped_space_is_in_an_arm_that_can_run(path, tmp_path):
     """As a variant of the shipped job that names the space, else of medquad.yaml at the encoder's 512 positions."""
@@ -124,6 +132,7 @@ def test_every_value_of_a_shipped_space_is_in_an_arm_that_can_run(path, tmp_path
         "base": str(named[0] if named else ROOT / "jobs" / "medquad.yaml"),
         "corpus": {} if named else {"max_length": 512},
         "search": {"space": str(path), "design": "random", "num_arms": 60, "confirm": None},
+        "analysis": None,
     }
     if not named or named[0].stem == "medquad":
         variant["search"]["targets"] = [{"task": "question_type", "shots": 32}]
@@ -227,6 +236,7 @@ def test_the_readme_space_entries_are_right(tmp_path):
         "base": str(ROOT / "jobs" / "medquad.yaml"),
         "pretrain": {"objective": "declutr"},
         "search": {"space": "space.yaml", "design": "random", "num_arms": 4, "targets": [{"task": "question_type"}]},
+        "analysis": None,
     }
     (tmp_path / "variant.yaml").write_text(yaml.safe_dump(variant))
     job = load_job(tmp_path / "variant.yaml")

@@ -153,7 +153,7 @@ def load_job(path: Path, *, overrides: Mapping[str, Any] | None = None, data: Pa
     """
     raw, own = _read_chain(Path(path), data)
     if overrides and "pretrain.objective" in overrides:
-        own = {}  # of another objective, the file's blocks are inherited ones
+        own = own | {"pretrain": {}}  # of another objective, the file's blocks are inherited ones
     for key, value in (overrides or {}).items():
         parts = key.split(".")
         if parts[:2] == ["search", "space"] and len(parts) > 2:
@@ -195,7 +195,7 @@ def check_job(raw: dict[str, Any], own: dict[str, Any] | None = None) -> Job:
     problems = [
         *wrong,
         *_check_references(job),
-        *([] if wrong else _check_primary(job)),
+        *([] if wrong else _check_primary(job, inherited=own is not None and not own.get("analysis"))),
         *_check_blocks(job, own or {}),
         *check_settings(job),
     ]
@@ -351,8 +351,8 @@ def check_target(job: Job, target: Target, where: str) -> list[str]:
     return problems
 
 
-def _check_primary(job: Job) -> list[str]:
-    """What is wrong with the comparison that the job declares."""
+def _check_primary(job: Job, *, inherited: bool) -> list[str]:
+    """What is wrong with the comparison that the job declares, or has from its base."""
     if job.analysis.primary is None:
         return []
     where, problems = "analysis.primary", []
@@ -363,6 +363,8 @@ def _check_primary(job: Job) -> list[str]:
     with contextlib.suppress(JobError):  # told above
         _, _, at = split_sides(job.analysis.primary)
         problems += check_target(job, read_cell_target(job, split_pairs(at) if at else {}), where)
+    if problems and inherited:
+        problems.append(f"{where}: is inherited from the base; name arms of this job, or leave it out: 'analysis: null'")
     return problems
 
 

@@ -130,6 +130,18 @@ def plan_comparisons(job: Job) -> dict[str, Any]:
     return {"seeds": given, "family": family, "seeds_at_least": needed, "warnings": warnings}
 
 
+def tell_comparisons(found: Mapping[str, Any]) -> str | None:
+    """How many seeds the declared comparisons need, of `plan_comparisons`; None where nothing is compared."""
+    named = {"primary": "the primary one", "exploratory": f"{found['family']} exploratory ones"}
+    needed = [f"{least} for {named[role]}" for role, least in found["seeds_at_least"].items() if least is not None]
+    if not needed:
+        return None
+    return (
+        f"comparisons: {found['seeds']} seeds an arm; needed at least: {', '.join(needed)}; "
+        "'raylab compare' estimates what smaller differences take"
+    )
+
+
 def _plan_pretrainings(
     preparation: Preparation, points: list[dict[str, Any]]
 ) -> tuple[int, dict[tuple[str, int], tuple[bool, int]]]:
@@ -343,6 +355,8 @@ def print_plan(found: Mapping[str, Any], console: Console) -> None:
         )
     for line in found["cant_work"]:
         console.print(f"can't work: {line}", style="red", highlight=False)
+    if told := tell_comparisons(found["comparisons"]):
+        console.print(told, highlight=False)
     for line in found["comparisons"]["warnings"]:
         console.print(f"comparisons: {line}", style="yellow", highlight=False)
     grid = Grid(title="corpus: training and validation rows")

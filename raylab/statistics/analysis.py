@@ -208,6 +208,8 @@ def analyse_job(
     if declared is not None and split == "validation" and resolve_target(job, declared.target) == cell:
         try:
             pair = (find_arm(results, job, arms, declared.a), find_arm(results, job, arms, declared.b))
+            if pair[0] == pair[1]:
+                raise JobError([f"'{declared.a.text}' and '{declared.b.text}' turned out to be one arm, {pair[0]}"])
             [verdict] = _judge(job, scores, [pair], arms, target.mode, PRIMARY, (declared.a.text, declared.b.text))
             verdicts.append(verdict)
             family = [other for other in family if set(other) != set(pair)]
