@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from raylab.cli import main
+from raylab.commands.output import output
 from raylab.statistics.comparisons import compare_arms
 from raylab.statistics.observations import read_observations
 
@@ -68,6 +69,34 @@ def test_a_base_makes_a_family_of_its_own(table, capsys):
     assert out.startswith("Of 2 comparisons, with Holm's correction, shown: b over a; c over a.")
     assert call("compare", path, "a", "c", *COLUMNS, "--draw", "fold", "--lower") == 0
     assert capsys.readouterr().out.startswith("a beats c: ")
+
+
+def test_people_get_a_table_that_fits_120_columns(table, capsys, monkeypatch):
+    """Arms as long as those of a search over spans: a line each beside a base arm, two a pair."""
+    monkeypatch.setattr(output, "_width", 120)
+    long = [f"objective=declutr, max_span={span}, num_anchors=2" for span in (16, 48)]
+    path = table({"base": 0.5, **{f'"{name}"': 0.6 for name in long}}, 9)
+    assert call("compare", path, *COLUMNS, "--draw", "fold", "--base", "base") == 0
+    told, common, *grid = capsys.readouterr().out.splitlines()
+    assert told.startswith("Of 2 comparisons")
+    assert common == "in all rows: B base, seeds 9"
+    rows = [line for line in grid if line.startswith("│")]
+    assert [name in row for name, row in zip(long, rows, strict=True)] == [True, True]
+    assert max(map(len, grid)) <= 120
+    assert all(name in "".join(grid) for name in ("A - B", "95 % interval", "p, Holm", "A won", "needed"))
+    low, high = read_bounds(path)
+    assert f"{low:+.3g} to {high:+.3g}" in rows[0]
+    assert call("compare", path, *COLUMNS, "--draw", "fold") == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert len(lines) == 3 * 2
+    assert all(name in lines[place] for place, name in ((4, long[0]), (5, f"- {long[1]}")))
+
+
+def read_bounds(path):
+    """The interval of the second arm of a table minus the first."""
+    first, second, *_ = arms = read_observations(path, arm="model", seed="run", value="f1", draw="fold")
+    [row] = compare_arms(arms, [(second, first)], draws="shared")
+    return row.low, row.high
 
 
 def test_draws_of_one_name_are_taken_as_shared_unless_said(tmp_path, capsys):

@@ -2,16 +2,18 @@
 
 import getpass
 import json
+import math
 import os
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table as Grid
 
 from raylab.base.mistakes import JobError
@@ -71,6 +73,33 @@ def print_rows(rows: Any, form: Format) -> None:
 
 def _show(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def show_number(value: float | None, signed: bool = False, digits: int = 3) -> str:
+    """A number for people, of so many significant digits; nothing where it is not defined."""
+    return "" if value is None or math.isnan(value) else f"{value:{'+' if signed else ''}.{digits}g}"
+
+
+def show_interval(low: float | None, high: float | None, signed: bool = False) -> str:
+    """An interval for people; nothing where it is not defined."""
+    ends = [show_number(end, signed) for end in (low, high)]
+    return f"{ends[0]} to {ends[1]}" if all(ends) else ""
+
+
+def print_grid(rows: Sequence[Mapping[str, str]], wrapped: Collection[str], keys: Collection[str]) -> None:
+    """Rows of texts for people. Only the columns `wrapped` take several lines; those of `keys` that are the same in
+    all of several rows stand once, above them, and columns without any text are left out."""
+    texts = {name: [row[name] for row in rows] for name in rows[0]}
+    common = {name: texts[name][0] for name in keys if len(rows) > 1 and len(set(texts.get(name, ()))) == 1}
+    if told := ", ".join(f"{name} {text}" for name, text in common.items() if text):
+        output.print(f"in all rows: {told}", highlight=False, markup=False, soft_wrap=True)
+    shown = [name for name, cells in texts.items() if name not in common and any(cells)]
+    grid = Grid()
+    for name in shown:
+        grid.add_column(name, overflow="fold", no_wrap=name not in wrapped)
+    for row in rows:
+        grid.add_row(*(escape(row[name]) for name in shown))
+    output.print(grid)
 
 
 def show_count(count: int) -> str:

@@ -8,28 +8,16 @@ import typer
 
 from raylab.base.mistakes import JobError
 from raylab.commands.options import RESULTS, FormatOption, ResultsOption, load, open_folder
-from raylab.commands.output import Format, messages, output, print_rows
+from raylab.commands.output import Format, messages, output, print_grid, print_rows, show_interval, show_number
 
 if TYPE_CHECKING:
     from raylab.job.specs import Job, Target
+    from raylab.statistics.comparisons import Comparison
     from raylab.statistics.verdicts import Verdict
 
 TABLES = (".csv", ".parquet", ".jsonl")
-# The columns of a comparison that people see: those of a machine's format are all.
-SHOWN = (
-    "role",
-    "label_a",
-    "label_b",
-    "num_seeds",
-    "difference",
-    "low",
-    "high",
-    "p",
-    "p_holm",
-    "superiority",
-    "seeds_needed",
-    "detectable",
-)
+# Characters of two arms that stand in one line.
+SHORT_PAIR = 36
 SplitOption = Annotated[str, typer.Option(help="validation, or test once it is unsealed")]
 
 
@@ -59,7 +47,7 @@ def compare(
             raise JobError([f"--at, --shots and --split are for jobs, and {source} is a table; leave them out"])
         columns = {"arm": arm, "seed": seed, "value": value, "draw": draw}
         verdicts = _compare_table(Path(source), columns, list(arms or []), base, nested, lower)
-        _print_verdicts([_tell_table(verdicts)], verdicts, form, SHOWN[1:])
+        _print_verdicts([_tell_table(verdicts)], verdicts, form, roles=False)
         return
     if base or draw or nested or lower:
         raise JobError(
@@ -121,7 +109,7 @@ def _compare_job(source: str, arms: list[str], results: str, at: str | None, spl
     told = tell_verdicts(verdicts)
     if not arms and (gap := measure_gap(folder, job, target)) is not None:
         told.append(tell_gap(gap))
-    _print_verdicts(told, verdicts, form, SHOWN)
+    _print_verdicts(told, verdicts, form)
     for note in notes:
         messages.print(note, highlight=False)
 
@@ -142,17 +130,50 @@ def _load(folder: Path, name: str) -> "Job":
     return load(find_job(folder, name), None, None)
 
 
-def _print_verdicts(told: list[str], verdicts: "list[Verdict]", form: Format, shown: tuple[str, ...]) -> None:
+def _print_verdicts(told: list[str], verdicts: "list[Verdict]", form: Format, *, roles: bool = True) -> None:
+    """All that was computed in a machine's format; for people the sentences, and what several comparisons came to."""
     from raylab.statistics.verdicts import list_verdicts
 
-    rows = list_verdicts(verdicts)
     if form is not Format.table:
-        print_rows([{k: v for k, v in row.items() if k != "role" or "role" in shown} for row in rows], form)
+        rows = list_verdicts(verdicts)
+        print_rows([{k: v for k, v in row.items() if k != "role" or roles} for row in rows], form)
         return
     for line in told:
         output.print(line, highlight=False, markup=False, soft_wrap=True)
-    if len(rows) > 1:
-        print_rows([{name: row[name] for name in shown} for row in rows], form)
+    if len(verdicts) > 1:
+        shared = len({verdict.label_b for verdict in verdicts}) == 1
+        lines = [
+            _show_pair(verdict, shared)
+            | _show_comparison(verdict.comparison, "A - B")
+            | {
+                "A won": show_number(verdict.comparison.superiority),
+                "seeds\nneeded": str(verdict.comparison.seeds_needed or ""),
+            }
+            for verdict in verdicts
+        ]
+        print_grid(lines, ("A", "arms A - B"), ("B", "seeds"))
+
+
+def _show_pair(verdict: "Verdict", shared: bool) -> dict[str, str]:
+    """The arms that are compared: in one column, each with its own lines, unless B is the same in all rows."""
+    from raylab.statistics.verdicts import PRIMARY
+
+    a = f"primary: {verdict.label_a}" if verdict.role == PRIMARY else verdict.label_a
+    if shared:
+        return {"A": a, "B": verdict.label_b}
+    apart = " " if len(a) + len(verdict.label_b) < SHORT_PAIR else "\n"
+    return {"arms A - B": f"{a}{apart}- {verdict.label_b}"}
+
+
+def _show_comparison(row: "Comparison", name: str) -> dict[str, str]:
+    """What people see of a comparison, or of an effect; `name` is that of the difference."""
+    return {
+        "seeds": str(row.num_seeds),
+        name: show_number(row.difference, True),
+        "95 % interval": show_interval(row.low, row.high, True),
+        "p": show_number(row.p, digits=2),
+        "p, Holm": show_number(row.p_holm, digits=2),
+    }
 
 
 def effects(
@@ -174,7 +195,9 @@ def effects(
         if not found:
             raise JobError([f"effects: {name} has no arms yet that differ in one setting; run it to the end"])
         rows = list_effect_rows(found)
-        columns = ("verdict", "difference", "low", "high", "p", "p_holm")
+        lines = [{"effect": effect.comparison.a} | _show_comparison(effect.comparison, "size") for effect in found]
+        told = [effect.sentence for effect in found if effect.comparison.better is not None]
+        told = [f"Of {len(found)} effects, with Holm's correction, {len(told) or 'none'} shown.", *told]
     else:
         from raylab.statistics.importances import list_importances
 
@@ -182,10 +205,20 @@ def effects(
             raise JobError(
                 [f"--at and --split: {name} is a search, whose importances are of its targets; leave them out"]
             )
-        rows = [importance._asdict() for importance in list_importances(folder, job)]
-        columns = ("method", "target", "setting", "importance", "within", "num_arms")
-        messages.print("importances of the arms that the search tried; not an ablation", highlight=False)
-    print_rows([{name: row[name] for name in columns} for row in rows] if form is Format.table else rows, form)
+        importances = list_importances(folder, job)
+        rows = [importance._asdict() for importance in importances]
+        lines = [
+            {"method": row.method, "target": row.target, "setting": row.setting, "share": show_number(row.importance),
+             "within": row.within, "arms": str(row.num_arms)}
+            for row in importances
+        ]  # fmt: skip
+        told = ["Importances of the arms that the search tried; not an ablation."]
+    if form is not Format.table:
+        print_rows(rows, form)
+        return
+    for line in told:
+        output.print(line, highlight=False, markup=False, soft_wrap=True)
+    print_grid(lines, ("effect", "target", "setting", "within"), ("seeds", "target", "within", "arms"))
 
 
 def correlate(
@@ -201,8 +234,23 @@ def correlate(
 
     folder = open_folder(results)
     rows = correlate_job(folder, _load(folder, name), metric)
-    print_rows(rows, form)
+    if form is Format.table:
+        keys = ("task", "score", "class", "probe", "frozen", "shots", "over", "arms")
+        print_grid([_show_correlation(row) for row in rows], ("metric", "class", "over", "verdict"), keys)
+    else:
+        print_rows(rows, form)
     messages.print(f"{len(rows)} correlations: of so many, one in 20 intervals leaves out 0 by chance", highlight=False)
+
+
+def _show_correlation(row: dict[str, Any]) -> dict[str, str]:
+    """A correlation for people: the metric with its parameter, rho with its interval."""
+    parameter = "" if row["parameter"] is None else f" at {row['parameter']:g}"
+    cell = {"task": row["task"], "score": row["score"], "class": row["class"], "probe": row["probe"]}
+    cell |= {"frozen": row["frozen_layers"], "shots": "full" if row["shots"] is None else str(row["shots"])}
+    return {"metric": f"{row['metric']}{parameter}"} | {name: part or "" for name, part in cell.items()} | {
+        "over": row["scope"], "arms": str(row["num_arms"]), "rho": show_number(row["rho"], True),
+        "95 % interval": show_interval(row["low"], row["high"], True), "verdict": row["verdict"],
+    }  # fmt: skip
 
 
 def write_optuna(

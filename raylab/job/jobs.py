@@ -364,7 +364,9 @@ def _check_primary(job: Job, *, inherited: bool) -> list[str]:
         _, _, at = split_sides(job.analysis.primary)
         problems += check_target(job, read_cell_target(job, split_pairs(at) if at else {}), where)
     if problems and inherited:
-        problems.append(f"{where}: is inherited from the base; name arms of this job, or leave it out: 'analysis: null'")
+        problems.append(
+            f"{where}: is inherited from the base; name arms of this job, or leave it out: 'analysis: null'"
+        )
     return problems
 
 

@@ -49,7 +49,10 @@ def _write_files(sections: Sequence[Section], title: str, made: str, folder: Pat
         (folder / name).mkdir(parents=True)
     # Labels of classes and arms are data: they are escaped.
     environment = Environment(
-        loader=PackageLoader("raylab.report", "."), autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True
+        loader=PackageLoader("raylab.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
     )
     told = [
         {"name": section.name, "title": section.title, "lead": section.lead,
