@@ -29,7 +29,7 @@ from raylab.commands.options import (
     read_overrides,
 )
 from raylab.commands.output import Format, messages, output, print_diagnosis, print_rows, tell_submitted
-from raylab.commands.questions import compare, correlate, effects, report, write_optuna
+from raylab.commands.questions import compare, correlate, effects, report, write_optuna, write_tensorboard
 
 app = typer.Typer(
     add_completion=False,
@@ -247,6 +247,7 @@ app.command()(compare)
 app.command()(effects)
 app.command()(correlate)
 app.command("optuna")(write_optuna)
+app.command("tensorboard")(write_tensorboard)
 app.command()(report)
 
 

@@ -51,7 +51,7 @@ def change(row, **values):
         ({"arm": "modle"}, ROWS, "--arm modle: no such column; did you mean 'model'?"),
         ({"value": "zzz"}, ROWS, "--value zzz: no such column; columns: model, run, fold, f1, name"),
         ({"seed": "model"}, ROWS, "must be columns of their own; name each once"),
-        ({"value": "name"}, ROWS, "--value name: 8 of 8 rows hold no finite number, rows 1, 2, 3, 4, 5, ... (the first"),
+        ({"value": "name"}, ROWS, "--value name: 8 of 8 rows hold no finite number, rows 1, 2, 3, 4, 5, ... (the"),
         ({}, change(True, f1=None), "--value f1: 1 of 8 rows hold no finite number, row 1 (the first of the data is 1"),
         ({}, change(True, f1=float("nan")), "--value f1: 1 of 8 rows hold no finite number"),
         ({}, change(True, f1=float("inf")), "--value f1: 1 of 8 rows hold no finite number"),

@@ -1,4 +1,4 @@
-"""The commands that ask what results show: compare, effects, correlate and optuna; `cli` takes them up."""
+"""The commands that ask what results show, or hand them to other tools; `cli` takes them up."""
 
 import itertools
 from pathlib import Path
@@ -266,6 +266,20 @@ def write_optuna(
     number = write_study(folder, _load(folder, name), path)
     messages.print(f"{path}: {number} arms", highlight=False)
     output.print(f"optuna-dashboard sqlite:///{path}", highlight=False, soft_wrap=True)
+
+
+def write_tensorboard(
+    name: Annotated[str, typer.Argument(help="the job's name")],
+    folder: Annotated[Path | None, typer.Argument(help="the folder to write; default: NAME-tensorboard here")] = None,
+    results: ResultsOption = RESULTS,
+) -> None:
+    """Write a job's trials as TensorBoard runs, and say how TensorBoard opens them; again while the job runs."""
+    from raylab.results.events import write_runs
+
+    where, path = open_folder(results), folder or Path(f"{name}-tensorboard")
+    number = write_runs(where, _load(where, name), path)
+    messages.print(f"{path}: {number} trials", highlight=False)
+    output.print(f"tensorboard --logdir {path}", highlight=False, soft_wrap=True)
 
 
 def report(
