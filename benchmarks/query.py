@@ -5,7 +5,7 @@
 The files are what the writer of raylab writes. The leaderboard is the mean over draws, then over seeds, of one cell, by
 arm, in order. `warm` asks an open connection again; `cold` opens a new one in a running process. pandas reads each file
 with read_parquet. With `--reads`, so many queries are asked instead while another process writes trials, writes them
-again and packs them. The last line is one JSON object.
+again and packs them: 10,000 take some seven minutes on two cores. The last line is one JSON object.
 """
 
 import argparse
@@ -225,6 +225,8 @@ def read_beside_writer(reads: int) -> dict[str, Any]:
             torn += not (whole and newer)
             last = found
             packs |= {path.name for path in results.glob("*/_packed/*.parquet")}
+            if (number + 1) % 1000 == 0:
+                print(f"{number + 1} reads: {errors} errors, {torn} torn", flush=True)
     finally:
         ended.set()
         writer.join()

@@ -575,6 +575,7 @@ COMMANDS: dict[str, tuple[tuple[str, ...], list[str]]] = {
     "query of no table": (("query", "select * from trails", "--results", "empty"), ["raylab query --list"]),
     "query in no folder": (("query", "select 1", "--results", "gone"), ["--results gone: no such folder"]),
     "optuna of no job": (("optuna", "x", "--results", "empty"), ["no job 'x' under empty"]),
+    "tensorboard of no job": (("tensorboard", "x", "--results", "empty"), ["no job 'x' under empty"]),
     "synth of no notes": (("synth", "out", "--notes", "0"), ["num_notes is 0: it must be at least 1"]),
     "synth all wrong": (
         ("synth", "out", "--seed", "-1", "--label-noise", "1", "--max-words", "2"),

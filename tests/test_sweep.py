@@ -88,6 +88,18 @@ def grid_job(make_job, marked_notes):
     return job
 
 
+# Run by each Python process as it starts, Ray's too.
+AUDIT = """
+import os, sys
+
+def note(event, arguments):
+    if event == "open" and "tfevents" in str(arguments[0]):
+        os.close(os.open({path!r}, os.O_CREAT))
+
+sys.addaudithook(note)
+"""
+
+
 @pytest.fixture(scope="module")
 def unbroken(grid_job, tmp_path_factory):
     """The grid run once on Ray, in a home of its own; what it printed and where its files are."""
@@ -95,9 +107,12 @@ def unbroken(grid_job, tmp_path_factory):
     job = write_job(grid_job, folder / "job.yaml")
     # Ray keeps its session's logs and events there: they are searched for text below. Its sockets need a short path.
     ray_folder = Path(tempfile.mkdtemp(prefix="rl.", dir="/tmp"))
-    environment = {**os.environ, "RAY_TMPDIR": str(ray_folder), "TMPDIR": str(ray_folder)}
+    (folder / "audit").mkdir()
+    (folder / "audit" / "sitecustomize.py").write_text(AUDIT.format(path=str(folder / "tensorboard")))
+    paths = os.pathsep.join([str(folder / "audit"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "RAY_TMPDIR": str(ray_folder), "TMPDIR": str(ray_folder), "PYTHONPATH": paths}
     done = run_raylab("run", str(job), "--results", str(folder / "results"), env=environment)
-    yield {"results": folder / "results", "done": done, "ray": ray_folder}
+    yield {"results": folder / "results", "done": done, "ray": ray_folder, "tensorboard": folder / "tensorboard"}
     subprocess.run(["rm", "-rf", str(ray_folder)], check=False)
 
 
@@ -144,6 +159,11 @@ def test_text_is_in_no_table_log_or_ray_file(unbroken, marked_notes):
                 searched += 1
                 assert MARKER.encode() not in file.read_bytes(), file
     assert searched > 50
+
+
+@pytest.mark.slow
+def test_a_sweep_writes_nothing_for_tensorboard_by_itself(unbroken):
+    assert not unbroken["tensorboard"].exists()
 
 
 @pytest.mark.slow

@@ -17,11 +17,13 @@ from raylab.base.mistakes import DamagedError
 from raylab.job.explanations import inner_types
 from raylab.job.settings import SETTINGS
 from raylab.results.packs import choose_rows, find_packed, identify, list_loose, open_pack, sharing
-from raylab.results.summary import COLUMNS, KEY, TIMES, encode_summary, read_summary
+from raylab.results.summary import COLUMNS, KEY, TIMES, encode_summary, read_summary, read_whole
 from raylab.store.storage import PACKS, publish, pull_files
 
 # Rows that come out of a file at once: all, of a trial's file.
 BATCH_ROWS = 65_536
+# Up to here text takes less space, and less time to read and write, as it is than as codes of a dictionary.
+FEW_ROWS = 128
 
 _text, _int, _float = pa.string(), pa.int64(), pa.float64()
 _time = pa.timestamp("us", tz="UTC")
@@ -147,8 +149,11 @@ def write_rows(
 def _encode_rows(rows: list[dict[str, Any]], schema: pa.Schema, summary: str | None) -> pa.Buffer:
     """A Parquet file in memory: writing it piece by piece to disk takes longer."""
     stream = pa.BufferOutputStream()
-    # Of a file of one row, dictionaries, statistics and Arrow's own copy of the schema are most of the bytes.
-    packed: dict[str, Any] = {"use_dictionary": len(rows) > 1, "compression": "snappy" if len(rows) > 1 else "none"}
+    # Of a file of few rows, dictionaries, statistics and Arrow's own copy of the schema are much of the bytes.
+    packed: dict[str, Any] = {
+        "use_dictionary": len(rows) > FEW_ROWS,
+        "compression": "snappy" if len(rows) > 1 else "none",
+    }
     packed |= {"write_statistics": False, "store_schema": False, "write_page_checksum": True}
     with pq.ParquetWriter(stream, schema, **packed) as writer:
         writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
@@ -164,7 +169,7 @@ def read_file(path: Path, table: str, columns: Collection[str] | None = None) ->
     datasets, which load pandas. Raises DamagedError where it is not the file that was written.
     """
     try:
-        data = pa.BufferReader(path.read_bytes())
+        data = pa.BufferReader(read_whole(path))
         found = _read_at(data, table, frozenset(columns)) if columns is not None else None
         if found is not None:
             return found
