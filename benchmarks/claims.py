@@ -185,8 +185,9 @@ def main() -> None:
     printed: dict[str, Any] = {"seeds": SEEDS, "draws": DRAWS, "bar": 0.05, "worlds": found}
     if options.planted:
         printed["planted"] = count_planted(options.planted, options.seed)
-        print(f"planted: {printed['planted']['all_named']} of {options.planted} sweeps name all effects that are there, "
-              f"{printed['planted']['something_else']} something else", flush=True)  # fmt: skip
+        all_named, others = (printed["planted"][key] for key in ("all_named", "something_else"))
+        told = f"planted: {all_named} of {options.planted} sweeps name all effects that are there"
+        print(f"{told}, {others} something else", flush=True)
     print(json.dumps(printed))
 
 

@@ -506,6 +506,7 @@ def ran(tmp_path_factory):
         "search.targets": [
             {"task": "problems", "shots": 2, "metric": "average_precision"},
         ],
+        "analysis": None,
     }  # fmt: skip
     found = prepare(load_job(ROOT / "jobs" / "problems.yaml", data=notes, overrides=changes), results).split(0)
     held_out = to_array(found.open["problems"]["label"])[found.open["problems"]["part"].to_numpy() == VALIDATION]

@@ -134,14 +134,28 @@ def test_an_inherited_declaration_that_does_not_fit_names_its_removal(make, tmp_
         load_job(tmp_path / "variant.yaml")
     where = "analysis.primary: "
     assert refused.value.problems[-1] == (
-        f"{where}is inherited from the base; name arms of this job, or leave it out: 'analysis: null'"
+        f"{where}is of the job without these changes; name what it has, or write 'analysis: null'"
     )
     (tmp_path / "variant.yaml").write_text(variant + "analysis: null\n")
     assert load_job(tmp_path / "variant.yaml").analysis.primary is None
     (tmp_path / "variant.yaml").write_text(variant + "analysis: {primary: objectiv=mlm vs base}\n")
     with pytest.raises(JobError) as refused:
-        load_job(tmp_path / "variant.yaml", overrides={"pretrain.objective": "mlm"})
-    assert not any("inherited" in problem for problem in refused.value.problems)
+        load_job(tmp_path / "variant.yaml")
+    assert not any("without these changes" in problem for problem in refused.value.problems)
+
+
+def test_an_override_that_a_declaration_does_not_fit_names_its_removal(make, tmp_path):
+    path = tmp_path / "job.yaml"
+    path.write_text(dump_yaml(make("objective=mlm vs base at shots=4")))
+    with pytest.raises(JobError) as refused:
+        load_job(path, overrides={"evaluate.shots": [2]})
+    assert refused.value.problems[0].startswith("analysis.primary.shots: 4 is not evaluated; valid: 2")
+    assert refused.value.problems[-1].endswith("name what it has, or write 'analysis: null'")
+    for name in ("analysis", "analysis.primary"):
+        assert load_job(path, overrides={"evaluate.shots": [2], name: None}).analysis.primary is None
+    with pytest.raises(JobError) as refused:
+        load_job(path, overrides={"analysis.primary": "objective=mln vs base"})
+    assert len(refused.value.problems) == 1
 
 
 def test_the_declaration_is_kept_with_the_job_and_is_no_setting(make, tmp_path):

@@ -337,6 +337,7 @@ def tiny_run(tmp_path_factory):
         "encoder.tokenizer.vocab_size": 1000,
         "encoder.config.hidden_size": 32,
         "encoder.config.intermediate_size": 64,
+        "analysis": "null",
     }
     changes = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
     printed = io.StringIO()

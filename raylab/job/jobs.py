@@ -152,6 +152,7 @@ def load_job(path: Path, *, overrides: Mapping[str, Any] | None = None, data: Pa
     Raises JobError with every mistake.
     """
     raw, own = _read_chain(Path(path), data)
+    own = own | {"analysis": {}} if overrides else own
     if overrides and "pretrain.objective" in overrides:
         own = own | {"pretrain": {}}  # of another objective, the file's blocks are inherited ones
     for key, value in (overrides or {}).items():
@@ -352,7 +353,7 @@ def check_target(job: Job, target: Target, where: str) -> list[str]:
 
 
 def _check_primary(job: Job, *, inherited: bool) -> list[str]:
-    """What is wrong with the comparison that the job declares, or has from its base."""
+    """What is wrong with the comparison that the job declares, has from its base, or had before it was overridden."""
     if job.analysis.primary is None:
         return []
     where, problems = "analysis.primary", []
@@ -364,9 +365,7 @@ def _check_primary(job: Job, *, inherited: bool) -> list[str]:
         _, _, at = split_sides(job.analysis.primary)
         problems += check_target(job, read_cell_target(job, split_pairs(at) if at else {}), where)
     if problems and inherited:
-        problems.append(
-            f"{where}: is inherited from the base; name arms of this job, or leave it out: 'analysis: null'"
-        )
+        problems.append(f"{where}: is of the job without these changes; name what it has, or write 'analysis: null'")
     return problems
 
 

@@ -38,8 +38,8 @@ Point = tuple[str, str, int, float]
 def write_runs(results: Path, job: Job, folder: Path) -> int:
     """Writes a run a trial, `folder`/TRIAL_ID, with all that is in the tables now; returns how many.
 
-    Each run is one event file, in whose place the next writing puts another; TensorBoard may be open. Raises JobError where the package
-    tensorboard is not there, no trial has begun, or the folder can't be written.
+    Each run is one event file, in whose place the next writing puts another; TensorBoard may be open. Raises JobError
+    where the package tensorboard is not there, no trial has begun, or the folder can't be written.
     """
     try:
         import tensorboard  # noqa: F401

@@ -28,7 +28,7 @@ def encode_summary(row: Mapping[str, Any]) -> str:
 
 
 def read_whole(path: Path) -> bytes:
-    """A file's bytes, with half of the calls that `Path.read_bytes` makes: of thousands of small files that is noticed."""
+    """A file's bytes, with half of the calls that `Path.read_bytes` makes: with thousands of files that is noticed."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         left = os.fstat(descriptor).st_size
