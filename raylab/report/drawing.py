@@ -61,8 +61,11 @@ def wrap_label(text: str, width: int = 38) -> str:
     return "\n".join(textwrap.wrap(text, width, break_long_words=True)) or text
 
 
-def write_values(panel: "Axes", values: Any, form: str = "{:.3f}", limit: int = 400) -> None:
-    """The values of a heat map (rows x columns, drawn by `imshow`) into its cells, dark on light and light on dark."""
+def write_values(panel: "Axes", values: Any, form: str = "{:.3f}", limit: int = 400, below: Any = None) -> None:
+    """The values of a heat map (rows x columns, drawn by `imshow`) into its cells, dark on light and light on dark.
+
+    `below`: texts of as many rows and columns that stand under them.
+    """
     import numpy as np
 
     values = np.asarray(values, float)
@@ -72,7 +75,7 @@ def write_values(panel: "Axes", values: Any, form: str = "{:.3f}", limit: int = 
     for (row, column), value in np.ndenumerate(values):
         if not np.isnan(value):
             dark = high > low and (value - low) / (high - low) > 0.55
-            text = form.format(value)
+            text = form.format(value) + ("" if below is None else f"\n{below[row][column]}")
             panel.text(column, row, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
 
 

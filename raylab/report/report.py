@@ -9,13 +9,21 @@ from raylab.base.mistakes import JobError
 from raylab.job.settings import resolve_target
 from raylab.job.specs import Job
 from raylab.report.conclusions import tell_arms, tell_question
+from raylab.report.influences import tell_effects
+from raylab.report.learning import tell_learning
 from raylab.report.page import write_page
 from raylab.report.parts import Missing, Section, Study
+from raylab.report.searches import tell_search
+from raylab.report.surfaces import tell_spans
 from raylab.statistics.analysis import default_target, list_arms
 
 SECTIONS: dict[str, Callable[[Study], Section]] = {
     "question": tell_question,
     "arms": tell_arms,
+    "effects": tell_effects,
+    "importances": tell_search,
+    "spans": tell_spans,
+    "learning": tell_learning,
 }
 
 

@@ -7,7 +7,7 @@ the arms that were tried. It does not tell what a setting changes, nor which val
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import optuna
@@ -111,6 +111,34 @@ def _name_part(job: Job, parts: Mapping[frozenset[str], Sequence[tuple[Values, f
     return label_values({name: next(iter(parts[part]))[0][name] for name in same})
 
 
+class Searched(NamedTuple):
+    """An arm of a search that ran to the end: its point, each target's mean over seeds, and a row of `trials`."""
+
+    values: Values
+    targets: list[float | None]
+    row: Mapping[str, Any]
+
+
+def list_searched(results: Path, job: Job) -> dict[str, Searched]:
+    """The arms of a job's search, as it now is, that ran to the end; a target that a seed lacks is None."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for row in list_trials(results, job.name):
+        if row["phase"] == "search" and row["status"] == "complete" and (row["arm"] in found or is_own(job, row)):
+            found.setdefault(row["arm"], []).append(row)
+    arms = {}
+    for arm, rows in found.items():
+        num, seeds = len(job.search.targets), [read_targets(row) for row in rows]
+        whole = all(len(values) == num for values in seeds)
+        means = [_mean([values[index] for values in seeds]) if whole else None for index in range(num)]
+        arms[arm] = Searched(read_values(job, rows[0]), means, rows[0])
+    return arms
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if len(known) == len(values) else None
+
+
 def list_importances(results: Path, job: Job) -> list[Importance]:
     """The importances of a job's search, for each target: over the arms that ran to the end, mean over seeds.
 
@@ -120,24 +148,17 @@ def list_importances(results: Path, job: Job) -> list[Importance]:
         raise JobError(
             [f"importances: {job.name} is no search ({job.search.design}); its settings have effects instead"]
         )
-    points: dict[str, Values] = {}
-    values: dict[str, list[list[float | None]]] = {}
-    for row in list_trials(results, job.name):
-        if row["phase"] == "search" and row["status"] == "complete" and is_own(job, row):
-            points[row["arm"]] = read_values(job, row)
-            values.setdefault(row["arm"], []).append(read_targets(row))
+    return weigh_searched(job, list(list_searched(results, job).values()))
+
+
+def weigh_searched(job: Job, searched: Sequence[Searched]) -> list[Importance]:
+    """As `list_importances`, of arms that are read already."""
     rows: list[Importance] = []
     for index, target in enumerate(job.search.targets):
-        found = []
-        for arm, seeds in values.items():
-            numbers = [targets[index] for targets in seeds if len(targets) == len(job.search.targets)]
-            known = [number for number in numbers if number is not None]
-            if known and len(known) == len(seeds):
-                found.append((points[arm], float(np.mean(known))))
+        found = [(arm.values, value) for arm in searched if (value := arm.targets[index]) is not None]
         if len(found) < FEWEST_ARMS:
             raise JobError(
                 [f"importances: {len(found)} arms of {job.name} ran to the end; {FEWEST_ARMS} are needed at least"]
             )
-        name = f"{target.task} {target.metric}"
-        rows += compute_importances(job, found, mode=target.mode, target=name)
+        rows += compute_importances(job, found, mode=target.mode, target=f"{target.task} {target.metric}")
     return rows
