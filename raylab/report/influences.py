@@ -22,6 +22,7 @@ MOST_SENTENCES = 12
 MOST_LEVELS = 6
 MOST_LINES = 4
 MOST_PANELS = 9
+MOST_LETTERS = 18
 
 
 class Means(NamedTuple):
@@ -246,8 +247,11 @@ def _draw_means(
 
 
 def _label_levels(panel: Any, setting: str, levels: Sequence[Any]) -> None:
-    labels = [wrap_label(tell_level(setting, value), 12) for value in levels]
-    crowded = sum(max(map(len, label.split("\n"))) for label in labels) > 26
+    """Levels along the axis; long names without their middle, where that still tells them apart."""
+    full = [tell_level(setting, value) for value in levels]
+    short = [name if len(name) <= MOST_LETTERS else f"{name[:9]}…{name[-8:]}" for name in full]
+    labels = short if len(set(short)) == len(full) else full
+    crowded = sum(map(len, labels)) > 26
     panel.set_xticks(range(len(levels)), labels, fontsize=8, **({"rotation": 35, "ha": "right"} if crowded else {}))
     panel.set_xlim(-0.4, len(levels) - 0.6)
 

@@ -154,7 +154,7 @@ def _draw_curves(
             panel.plot(x, y, label=labels[arm], linewidth=1.3, markersize=4, markevery=(start, every), **style)
         if held_out:
             _draw_reference(panel, metric, lines)
-        panel.set_title(titles[metric], loc="left", fontsize=9)
+        panel.set_title(wrap_label(titles[metric], 30 if columns > 2 else 60), loc="left", fontsize=9)
         _label_tokens(panel)
         ends = {arm: lines[arm, metric][-1].value for arm in drawn if (arm, metric) in lines}
         told.append(f"{titles[metric]} at the end: {_tell_ends(ends, labels)}")
@@ -200,7 +200,8 @@ def _list_rows(study: Study, points: Sequence[Point], drawn: Sequence[str], metr
     return [
         {
             "arm": point.arm, "label": name_arm(study, point.arm), "metric": point.metric,
-            "tokens": round(point.tokens), "value": point.value, "num_seeds": point.num_seeds, "drawn": point.arm in shown,
+            "tokens": round(point.tokens), "value": point.value, "num_seeds": point.num_seeds,
+            "drawn": point.arm in shown,
         }
         for point in [*(point for line in shown.values() for point in line), *kept]
     ]  # fmt: skip

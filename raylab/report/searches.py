@@ -30,13 +30,14 @@ from raylab.statistics.importances import MEANINGS, Importance, Searched, list_s
 MOST_PARTS = 4
 # Axes beside each other; more go on below.
 MOST_AXES = 7
-# Whole numbers of no more values than these are drawn as levels.
+# Numbers in steps are drawn as levels where they have no more values than these.
 MOST_LEVELS = 8
 # Confirmed arms drawn over all others.
 MOST_BEST = 3
+STEPS = (1, 2, 5, 10)
 # Where an axis shows arms that don't read its setting: under its lowest value.
 UNREAD = -0.16
-# How far arms of one level are spread about it, each way.
+# How far arms of one level are spread about it, each way, at most.
 SPREAD = 0.04
 HATCHES = {"fANOVA": ("#595959", ""), "PED-ANOVA": ("white", "////")}
 
@@ -113,7 +114,8 @@ def _draw_importances(rows: Sequence[Importance], name: str, target: str) -> Plo
         if (len(largest) > 1 or not part) and len(settings) <= MOST_PARTS:
             settings[part] = sorted(largest, key=lambda name: -largest[name])
     parts = list(settings)
-    heights = [0.55 + 0.42 * len(settings[part]) for part in parts]
+    # A part of the space has bars of fANOVA alone.
+    heights = [0.55 + (0.28 if part else 0.42) * len(settings[part]) for part in parts]
     figure, panels = start_figure(
         len(parts), height=(0.5 + sum(heights)) / len(parts), gridspec_kw={"height_ratios": heights}, sharex=True
     )
@@ -230,18 +232,22 @@ def _place_setting(
             levels.sort()
     else:
         levels = sorted(set(values.values()))
-    if isinstance(entry, Choices) or (is_integer(name) and len(levels) <= MOST_LEVELS):
+    if isinstance(entry, Choices) or (
+        (is_integer(name) or entry.step is not None) and len(levels) <= MOST_LEVELS
+    ):
         places, ticks = _place_levels(name, levels, values)
     else:
         places, ticks = _place_numbers(entry, values)
     if len(values) < len(order):
         ticks = [(UNREAD, "not read"), *ticks]
-        places |= {arm: UNREAD + _spread(number, len(order)) for number, arm in enumerate(order) if arm not in values}
+        others = [arm for arm in order if arm not in values]
+        places |= {arm: UNREAD + _spread(number, len(others)) for number, arm in enumerate(others)}
     return Axis(title, places, ticks)
 
 
 def _spread(number: int, count: int) -> float:
-    return SPREAD * (2 * number / max(count - 1, 1) - 1)
+    """How far aside one of so many arms stands: the more, the wider."""
+    return SPREAD * min(1.0, count / 10) * (2 * number / max(count - 1, 1) - 1)
 
 
 def _place_levels(
@@ -271,7 +277,7 @@ def _place_numbers(entry: Range, values: Mapping[str, float]) -> tuple[dict[str,
         steps = (1,) if len(powers) > 3 else (1, 2, 5)
         marks = [float(f"{step}e{power}") for power in powers for step in steps]
     else:
-        marks = [float(mark) for mark in MaxNLocator(4).tick_values(entry.low, entry.high)]
+        marks = [float(mark) for mark in MaxNLocator(4, steps=STEPS).tick_values(entry.low, entry.high)]
     marks = [mark for mark in marks if entry.low <= mark <= entry.high]
     return {arm: place(value) for arm, value in values.items()}, [(place(mark), f"{mark:g}") for mark in marks]
 
@@ -288,7 +294,7 @@ def _place_values(target: Target, known: Mapping[str, float], lower: bool) -> Ax
         share = (value - low) / (high - low)
         return 1 - share if lower else share
 
-    marks = [float(mark) for mark in MaxNLocator(5).tick_values(low, high) if low <= mark <= high]
+    marks = [float(mark) for mark in MaxNLocator(5, steps=STEPS).tick_values(low, high) if low <= mark <= high]
     digits = max((len(f"{mark:.4g}".partition(".")[2]) for mark in marks), default=0)
     places = {arm: place(value) for arm, value in known.items()}
     return Axis(target.metric, places, [(place(mark), f"{mark:.{digits}f}") for mark in marks])

@@ -49,8 +49,8 @@ def tell_spans(study: Study) -> Section:
         "by their results. "
     ) + "It describes them and compares none: no interval, no test."
     about = (
-        "A document is kept for training where it is long enough for its spans; with longer or more spans fewer are, "
-        "and the encoder sees less of the corpus."
+        "A document is kept for training where it is long enough for its spans. Short ones that shrink their spans "
+        "(short_documents) are kept too, with a longest span under max_span: the median over documents tells how long."
     )
     return Section(
         "spans", "Span lengths and numbers", [told for told, _ in drawn], [alike, about, *(p for _, p in drawn)]
@@ -108,8 +108,10 @@ def _draw_surface(
     _draw_map(panels[0, 0], values, "{:.3f}", arms, f"mean {what}")
     if known:
         kept = _fill(ticks, cells, lambda found: _mean_span(found, "documents"))
-        shares = _fill(ticks, cells, lambda found: f"{100 * (_mean_span(found, 'share') or 0):.0f} %", "")
-        _draw_map(panels[1, 0], kept, "{:,.0f}", shares, "documents kept for training, and their share")
+        spans = _fill(ticks, cells, _tell_spans, "")
+        _draw_map(
+            panels[1, 0], kept, "{:,.0f}", spans, "documents kept for training, their share and median longest span"
+        )
     for panel in panels[:, 0]:
         panel.set_yticks(range(len(ticks[1])), [label for _, label in ticks[1]])
         panel.set_ylabel(short[names[1]])
@@ -147,6 +149,11 @@ def _mean(values: Sequence[float]) -> float:
 def _mean_span(points: Sequence[Point], key: str) -> float | None:
     known = [point.spans[key] for point in points if point.spans is not None]
     return _mean(known) if known else None
+
+
+def _tell_spans(points: Sequence[Point]) -> str:
+    share, longest = (_mean_span(points, key) or 0.0 for key in ("share", "median_max_span"))
+    return f"{100 * share:.0f} %, {longest:.0f}"
 
 
 def _fill(
