@@ -131,8 +131,8 @@ def test_heldout_measures_stand_beside_what_nothing_learned_would_have(objective
     np.testing.assert_allclose(line_of(loss, "objective=declutr"), wanted)
     # The untrained encoder has a start alone.
     assert len(line_of(loss, "objective=none")) == 1
-    levels = [line.get_ydata()[0] for panel in (loss, retrieval) for line in panel.lines if len(set(line.get_ydata())) == 1
-              and len(line.get_ydata()) == 2]  # fmt: skip
+    flat = [line.get_ydata() for panel in (loss, retrieval) for line in panel.lines if len(line.get_ydata()) == 2]
+    levels = [values[0] for values in flat if values[0] == values[1]]
     assert levels == [4.5, 1 / 8]
     ends = {name: np.mean([found["heldout_mlm_loss"][-1, 1] for found in curves[name]]) for name in curves}
     low, high = min(ends, key=ends.get), max(ends, key=ends.get)

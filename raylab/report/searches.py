@@ -232,9 +232,7 @@ def _place_setting(
             levels.sort()
     else:
         levels = sorted(set(values.values()))
-    if isinstance(entry, Choices) or (
-        (is_integer(name) or entry.step is not None) and len(levels) <= MOST_LEVELS
-    ):
+    if isinstance(entry, Choices) or ((is_integer(name) or entry.step is not None) and len(levels) <= MOST_LEVELS):
         places, ticks = _place_levels(name, levels, values)
     else:
         places, ticks = _place_numbers(entry, values)
