@@ -38,7 +38,7 @@ def tell_question(study: Study) -> Section:
     )
     given = name_given(job)
     limits = f"All of it is said {given}: other splits were not tried." if given else "Splits vary with the seed."
-    parts: list[Part] = [about, limits, *notes]
+    parts: list[Part] = [about, limits, *(f"{note[0].upper()}{note[1:]}." for note in notes)]
     if rows:
         rows = sorted(rows, key=lambda row: (row["role"] != PRIMARY, row["p_holm"] is None, row["p_holm"]))
         parts.append(Table("comparisons", "Comparisons, smallest p first", rows, columns))
@@ -112,7 +112,7 @@ def _draw_ranking(study: Study, ranked: list[RankedArm], rows: list[dict[str, An
     panel.set_xlabel(f"{study.cell['metric']}, mean over seeds and 95 % interval; hollow: the base arm")
     panel.grid(axis="x")
     if lines:
-        figure.legend(loc="outside upper right", ncols=len(lines), fontsize=8)
+        figure.legend(loc="outside upper right", ncols=len(lines))
     first, last, left = own[0], own[-1], len(ranked) - len(lines) - len(own)
     alt = (
         f"{len(own)} arms from {_label(study, first)} with {first.value.mean:.3f} down to {_label(study, last)} with "

@@ -90,7 +90,8 @@ def _write_table(table: Table, folder: Path) -> dict[str, Any]:
     columns = [
         {"heading": heading, "number": all(_is_number(row[key]) for row in table.rows)} for key, heading in keys.items()
     ]
-    rows = [[show(row[key]) for key in keys] for row in table.rows[: table.shown]]
+    listed = [show_column([row[key] for row in table.rows[: table.shown]]) for key in keys]
+    rows = list(zip(*listed, strict=True))
     return {
         "title": table.title, "columns": columns, "rows": rows, "file": file, "left": len(table.rows) - len(rows),
     }  # fmt: skip
@@ -110,8 +111,16 @@ def _is_number(value: Any) -> bool:
     return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
 
 
-def show(value: Any) -> str:
-    """A value of a table for people."""
+def show_column(values: Sequence[Any]) -> list[str]:
+    """A column for people: fractions with three decimals where that tells them apart from 0, else four digits."""
+    sizes = [abs(value) for value in values if isinstance(value, float) and value == value and value != 0]
+    plain = bool(sizes) and max(sizes) < 1_000 and min(sizes) >= 1e-3
+    return [
+        f"{value:.3f}" if plain and isinstance(value, float) and value == value else _show(value) for value in values
+    ]
+
+
+def _show(value: Any) -> str:
     if value is None or value != value:
         return ""
     if isinstance(value, bool):
