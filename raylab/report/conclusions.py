@@ -67,7 +67,9 @@ def tell_arms(study: Study) -> Section:
     ]
     plot = _draw_ranking(study, ranked, rows)
     front = _table_front(study)
-    return Section("arms", "Arms ranked", lead, [plot, Table("arms", "Arms ranked", rows, columns), *front])
+    return Section(
+        "arms", "Arms ranked", lead, [plot, Table("arms", "Arms and baselines, best first", rows, columns), *front]
+    )
 
 
 def _row(study: Study, place: int, row: RankedArm) -> dict[str, Any]:

@@ -14,7 +14,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
 LINES = ("-", "--", "-.", ":")
 # One hue whose darkness alone tells values apart: it reads alike in grey.
 SHADES = "Blues"
-WIDTH = 7.2
+WIDTH = 8.4
 STYLE = {
     "font.size": 9,
     "axes.titlesize": 10,

@@ -6,6 +6,7 @@ from typing import Any
 
 from raylab.base.counts import FEWEST, show_count
 from raylab.job.jobs import dump_yaml
+from raylab.job.settings import label_values
 from raylab.report.parts import Code, MissingError, Part, Section, Study, Table, ask, name_arm
 from raylab.results.queries import open_tables
 from raylab.results.ranking import BASELINE
@@ -75,7 +76,13 @@ def tell_cost(study: Study) -> Section:
         """,
         [study.job.name],
     )
-    rows = [{"label": name_arm(study, row["arm"])} | row for row in found]
+    searched = [f'any_value("{name}") as "{name}"' for name in study.job.search.space]
+    settings = ask(
+        connection, f"select {', '.join(['arm', *searched])} from trials where job = ? group by arm", [study.job.name]
+    )
+    # Arms of a search that were not confirmed have no label of a ranking.
+    labels = {row.pop("arm"): label_values(row) for row in settings}
+    rows = [{"label": study.arms.labels.get(row["arm"]) or labels[row["arm"]] or row["arm"]} | row for row in found]
     kinds = ask(
         connection,
         """
@@ -168,7 +175,13 @@ def tell_provenance(study: Study) -> Section:
 def tell_again(study: Study, row: Row) -> str:
     """The command that runs one trial's arm and seed again, from the job file kept beside the results."""
     job = study.job
-    changes = {"name": f"{job.name}-again", "search": {"space": {}, "design": "grid", "seeds": [row["seed"]]}}
+    search: Row = {"design": "grid", "seeds": [row["seed"]]}
+    # What a search has and a single arm refuses; null takes it away.
+    left = ("space", "num_arms", "confirm", "early_stopping", "sampler_seed")
+    search |= {name: None for name in left if name in job.search.model_fields_set}
+    changes: Row = {"name": f"{job.name}-again", "search": search}
+    if job.analysis.primary is not None:
+        changes["analysis"] = None
     for name in job.search.space:
         if row[name] is not None:
             value = row[name]

@@ -112,12 +112,14 @@ def _is_number(value: Any) -> bool:
 
 
 def show_column(values: Sequence[Any]) -> list[str]:
-    """A column for people: fractions with three decimals where that tells them apart from 0, else four digits."""
+    """A column for people: fractions of its numbers as far as they tell something, of the same length."""
     sizes = [abs(value) for value in values if isinstance(value, float) and value == value and value != 0]
-    plain = bool(sizes) and max(sizes) < 1_000 and min(sizes) >= 1e-3
-    return [
-        f"{value:.3f}" if plain and isinstance(value, float) and value == value else _show(value) for value in values
-    ]
+    fixed = bool(sizes) and max(sizes) < 10_000 and min(sizes) >= 1e-3
+    places = (
+        next((places for limit, places in ((10, 3), (100, 2), (10_000, 1)) if max(sizes) < limit), 0) if fixed else 0
+    )
+    return [f"{value:.{places}f}" if fixed and isinstance(value, float) and value == value else _show(value)
+            for value in values]  # fmt: skip
 
 
 def _show(value: Any) -> str:
@@ -128,5 +130,5 @@ def _show(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+        return f"{value:,.0f}" if 10_000 <= abs(value) < 1e7 else f"{value:.3g}"
     return str(value)
