@@ -98,7 +98,9 @@ def _label(study: Study, row: RankedArm) -> str:
 def _draw_ranking(study: Study, ranked: list[RankedArm], rows: list[dict[str, Any]]) -> Plot:
     own = [row for row in ranked if not row.arm.startswith(BASELINE)][:MOST_DRAWN]
     lines = [row for row in ranked if row.arm.startswith(BASELINE)]
-    figure, panels = start_figure(height=0.9 + 0.3 * len(own))
+    names = [wrap_label(_label(study, row), 46) for row in own]
+    tallest = max(name.count("\n") for name in names) + 1
+    figure, panels = start_figure(height=0.9 + (0.14 + 0.15 * tallest) * len(own))
     panel = panels[0, 0]
     for place, row in enumerate(own):
         is_base = row.arm == study.arms.base
@@ -109,7 +111,7 @@ def _draw_ranking(study: Study, ranked: list[RankedArm], rows: list[dict[str, An
     for number, row in enumerate(lines):
         panel.axvline(row.value.mean, color="#595959", linestyle=("--", ":", "-.")[number % 3], linewidth=1.2,
                       label=_label(study, row))  # fmt: skip
-    panel.set_yticks(range(len(own)), [wrap_label(_label(study, row)) for row in own])
+    panel.set_yticks(range(len(own)), names)
     panel.set_ylim(len(own) - 0.5, -0.5)
     panel.set_xlabel(f"{study.cell['metric']}, mean over seeds and 95 % interval; hollow: the base arm")
     panel.grid(axis="x")

@@ -77,6 +77,9 @@ def write_values(panel: "Axes", values: Any, low: float, high: float, form: str 
 def render(figure: "Figure") -> tuple[bytes, bytes]:
     """A figure as SVG and PNG; the same one gives the same bytes."""
     found = []
+    # The layout takes as long as the drawing, and is the same in both.
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
     for form, metadata in (("svg", {"Date": None, "Creator": None}), ("png", {"Software": None})):
         stream = io.BytesIO()
         figure.savefig(stream, format=form, metadata=metadata)

@@ -190,7 +190,7 @@ def _draw_shots(study: Study, rows: list[Row], arms: list[str], what: str) -> Pl
         here = [row for row in chosen if row["arm"] == arm]
         x = [shots.index(row["shots"]) for row in here]
         look = style | {"color": "#8c8c8c"} if arm in baselines else style
-        panel.plot(x, [row["mean"] for row in here], label=wrap_label(here[0]["label"], 60), markersize=5, **look)
+        panel.plot(x, [row["mean"] for row in here], label=wrap_label(here[0]["label"], 100), markersize=5, **look)
         if all(row["low"] is not None for row in here):
             panel.fill_between(x, [row["low"] for row in here], [row["high"] for row in here], color=look["color"],
                                alpha=0.1, linewidth=0)  # fmt: skip
