@@ -10,7 +10,7 @@ from raylab.job.designs import list_points
 from raylab.job.settings import list_settings, resolve_target, with_settings
 from raylab.report.drawing import render
 from raylab.report.influences import compute_means, tell_effects
-from raylab.report.parts import Missing, Plot, Study
+from raylab.report.parts import MissingError, Plot, Study
 from raylab.report.searches import tell_search
 from raylab.report.surfaces import tell_spans
 from raylab.results.tables import write_rows
@@ -284,18 +284,18 @@ def test_arms_that_do_not_read_a_setting_stand_under_its_axis(search, study_of):
 def test_few_arms_have_lines_and_no_importances(search, study_of):
     job, _, _ = search(6)
     section = tell_search(study_of(job))
-    assert "importances: 6 arms of tiny ran to the end; 10 are needed at least" in section.parts
+    assert "Importances: 6 arms of tiny ran to the end; 10 are needed at least." in section.parts
     assert set(plots_of(section)) == {"search-coordinates"}
 
 
 def test_designs_and_searches_have_each_their_own_section(search, sweep, study_of):
     job, _, _ = search(6)
-    with pytest.raises(Missing, match=r"the arms of a search \(random\) are no design"):
+    with pytest.raises(MissingError, match=r"the arms of a search \(random\) are no design"):
         tell_effects(study_of(job))
     job, _ = sweep("grid", {HOT: [0.05, 0.1]}, lambda settings: 0.5)
-    with pytest.raises(Missing, match=r"is no search \(grid\)"):
+    with pytest.raises(MissingError, match=r"is no search \(grid\)"):
         tell_search(study_of(job))
-    with pytest.raises(Missing, match=r"\(max_span with num_anchors or min_span with num_positives\)"):
+    with pytest.raises(MissingError, match=r"\(max_span with num_anchors or min_span with num_positives\)"):
         tell_spans(study_of(job))
 
 

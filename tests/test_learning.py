@@ -10,7 +10,7 @@ import raylab.report.learning
 from raylab.job.settings import list_settings, resolve_target, with_settings
 from raylab.report.drawing import render
 from raylab.report.learning import tell_learning
-from raylab.report.parts import Missing, Plot, Study
+from raylab.report.parts import MissingError, Plot, Study
 from raylab.results.tables import write_rows
 from raylab.statistics.analysis import default_target, list_arms
 
@@ -199,5 +199,5 @@ def test_arms_not_drawn_are_thinned_but_keep_their_ends(many, study_of, monkeypa
 def test_without_curves_there_is_nothing_to_show(make_job, write, study_of):
     job = make_job("mlm", {"search": {"design": "grid", "space": {RATE: [1e-3]}, "seeds": [0]}})
     write(job, {RATE: 1e-3}, "arm", 0, [0.5, 0.6], 3.0, curves=False)
-    with pytest.raises(Missing, match="no arm has a curve of its pre-training"):
+    with pytest.raises(MissingError, match="no arm has a curve of its pre-training"):
         tell_learning(study_of(job))

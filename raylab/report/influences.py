@@ -9,7 +9,7 @@ import numpy as np
 
 from raylab.job.designs import AROUND_BASE, FIXED, as_setting, list_levels
 from raylab.report.drawing import WIDTH, list_styles, start_figure, wrap_label
-from raylab.report.parts import Missing, Plot, Section, Study, Table, name_settings, tell_cell, tell_level
+from raylab.report.parts import MissingError, Part, Plot, Section, Study, Table, name_settings, tell_cell, tell_level
 from raylab.results.ranking import Interval, compute_interval
 from raylab.results.tables import plain_value
 from raylab.statistics.analysis import ArmScores, read_scores
@@ -36,10 +36,10 @@ def tell_effects(study: Study) -> Section:
     """The effects of a fixed design: first those that are shown, then all as a forest plot and a table."""
     job = study.job
     if job.search.design not in FIXED:
-        raise Missing(f"the arms of a search ({job.search.design}) are no design; it has importances instead")
+        raise MissingError(f"the arms of a search ({job.search.design}) are no design; it has importances instead")
     effects = list_effects(study.results, job, study.target)
     if not effects:
-        raise Missing(f"no arms with a value at {tell_cell(study.cell)} differ in one setting and share a seed")
+        raise MissingError(f"no arms with a value at {tell_cell(study.cell)} differ in one setting and share a seed")
     effects = sorted(effects, key=lambda effect: (effect.comparison.better is None, -abs(effect.comparison.difference)))
     single = job.search.design in AROUND_BASE and job.search.design != "factorial"
     about = (
@@ -58,7 +58,7 @@ def tell_effects(study: Study) -> Section:
         "with_to": "to", "difference": "effect", "low": "low", "high": "high", "num_seeds": "seeds", "p": "p",
         "p_holm": "p, Holm", "shown": "shown",
     }  # fmt: skip
-    parts: list[Table | Plot | str] = [about, _draw_forest(study, effects, rows)]
+    parts: list[Part] = [about, _draw_forest(study, effects, rows)]
     if not single:
         parts += _draw_levels(study, effects)
     parts.append(Table("effects", "Effects, those shown first", rows, columns))
@@ -88,7 +88,7 @@ def _tell_shown(study: Study, effects: Sequence[Effect]) -> list[str]:
 def _draw_forest(study: Study, effects: Sequence[Effect], rows: Sequence[dict[str, Any]]) -> Plot:
     """Effects with intervals about a line at zero, main effects above interactions."""
     drawn = sorted(effects[:MOST_EFFECTS], key=lambda effect: effect.contrast.by is not None)
-    labels = [wrap_label(effect.comparison.a, 44) for effect in drawn]
+    labels = [wrap_label(effect.comparison.a, 50) for effect in drawn]
     figure, panels = start_figure(
         height=0.8 + 0.13 * len(drawn) + 0.14 * sum(1 + label.count("\n") for label in labels)
     )
@@ -112,7 +112,7 @@ def _draw_forest(study: Study, effects: Sequence[Effect], rows: Sequence[dict[st
             panel.plot([], [], mark, color="black", markersize=6, markerfacecolor="white", label=name)[0]
             for mark, name in (("o", "main effect"), ("s", "interaction"))
         ]
-        figure.legend(handles=handles, loc="outside upper right", ncols=2, fontsize=8, frameon=False)
+        figure.legend(handles=handles, loc="outside upper right", ncols=2)
     told = "; ".join(
         f"{row.a} {row.difference:+.3g}" + ("" if math.isnan(row.low) else f" [{row.low:+.3g}, {row.high:+.3g}]")
         for row in (effect.comparison for effect in effects)
@@ -127,7 +127,7 @@ def _draw_forest(study: Study, effects: Sequence[Effect], rows: Sequence[dict[st
     return Plot("effects-forest", "Effects of the settings", alt, figure, rows)
 
 
-def _draw_levels(study: Study, effects: Sequence[Effect]) -> list[Table | Plot | str]:
+def _draw_levels(study: Study, effects: Sequence[Effect]) -> list[Part]:
     """The means of each setting's levels, and of two settings' where an interaction is shown, else the largest."""
     arms = study.arms.rows
     scores = read_scores(study.results, study.job, study.cell, "validation", list(arms))
@@ -145,7 +145,7 @@ def _draw_levels(study: Study, effects: Sequence[Effect]) -> list[Table | Plot |
         for first, second in pairs
         if first in few and second in few and min(len(order[first]), len(order[second])) <= MOST_LINES
     ]
-    plots: list[Table | Plot | str] = []
+    plots: list[Part] = []
     for name, title, wanted in (
         ("effects-levels", "Mean of each setting's levels, other settings averaged over", [(name,) for name in few]),
         ("effects-interactions", "Two settings together: lines that are not parallel interact", drawn),
@@ -239,7 +239,7 @@ def _draw_means(
         panel.set_xlabel(wrap_label(short[first], 26))
         panel.grid(axis="y")
         if second:
-            panel.legend(title=wrap_label(short[second], 26), fontsize=7, title_fontsize=7, loc="best", frameon=False)
+            panel.legend(title=wrap_label(short[second], 26), fontsize=7, title_fontsize=7, loc="best")
     for panel in panels[:, 0]:
         panel.set_ylabel(f"mean {study.cell['metric']}")
     told = "; ".join(_tell_means(found, short) for found in means)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from raylab.report.drawing import list_styles, start_figure, wrap_label
-from raylab.report.parts import Missing, Plot, Row, Section, Study, Table, name_arm, rank_own, tell_cell
+from raylab.report.parts import MissingError, Part, Plot, Row, Section, Study, name_arm, rank_own, tell_cell
 from raylab.results.queries import list_ranked, match_cell, open_tables
 from raylab.results.ranking import compute_interval, split_depths
 
@@ -46,9 +46,9 @@ def tell_learning(study: Study) -> Section:
     """Curves of pre-training, training and held-out, and the scores at each rung, of the best arms and some others."""
     points = _read_curves(study)
     if not points:
-        raise Missing("no arm has a curve of its pre-training")
+        raise MissingError("no arm has a curve of its pre-training")
     drawn = _choose_arms(study)
-    parts: list[Table | Plot | str] = [
+    parts: list[Part] = [
         "Tokens are those that entered the encoder, padding left out. Lines are means over seeds. Losses of different "
         "objectives or weights are sums of different things: compare each part, not the sums."
     ]
@@ -271,14 +271,13 @@ def _read_rungs(study: Study) -> dict[str, list[dict[str, Any]]]:
 
 def _start(rows: int, columns: int, labels: Any) -> Any:
     """A figure with room for a legend of all labels below its panels."""
-    lines = sum(1 + wrap_label(label, 100).count("\n") for label in labels)
+    lines = sum(1 + wrap_label(label, 115).count("\n") for label in labels)
     return start_figure(rows, columns, height=2.5 + (0.25 + 0.17 * lines) / rows)
 
 
 def _add_legend(figure: Any, panels: Any) -> None:
     handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, [wrap_label(label, 100) for label in labels], loc="outside lower left", fontsize=8,
-                  frameon=False, handlelength=3.5)  # fmt: skip
+    figure.legend(handles, [wrap_label(label, 115) for label in labels], loc="outside lower left", handlelength=3.5)
 
 
 def _label_tokens(panel: Any) -> None:

@@ -11,6 +11,7 @@ from raylab.results.ranking import BASELINE, RankedArm, rank_arms
 from raylab.statistics.analysis import Arms
 
 if TYPE_CHECKING:
+    import duckdb
     from matplotlib.figure import Figure
 
 Row = Mapping[str, Any]
@@ -54,17 +55,33 @@ class Plot(NamedTuple):
     raster: bool = False
 
 
+class Code(NamedTuple):
+    """What is typed or written as it stands: a command, a job file."""
+
+    text: str
+
+
+Part = Table | Plot | Code | str
+
+
 class Section(NamedTuple):
     """A subject: what is to be read first, then tables and figures. `name` is its anchor in the page."""
 
     name: str
     title: str
     lead: Sequence[str]
-    parts: Sequence[Table | Plot | str] = ()
+    parts: Sequence[Part] = ()
 
 
-class Missing(Exception):
+class MissingError(Exception):
     """A section has nothing to show; the reason is told at the end of the page."""
+
+
+def ask(connection: "duckdb.DuckDBPyConnection", sql: str, values: Sequence[Any] = ()) -> list[dict[str, Any]]:
+    """The rows of a query, by the names of their columns."""
+    found = connection.execute(sql, list(values))
+    names = [name for name, *_ in found.description]
+    return [dict(zip(names, row, strict=True)) for row in found.fetchall()]
 
 
 def name_arm(study: Study, arm: str) -> str:

@@ -12,12 +12,12 @@ from raylab.job.settings import is_integer
 from raylab.job.specs import ADAPTIVE, Choices, Range, Target
 from raylab.report.drawing import start_figure, wrap_label
 from raylab.report.parts import (
-    Missing,
+    MissingError,
+    Part,
     Plot,
     Row,
     Section,
     Study,
-    Table,
     name_arm,
     name_settings,
     rank_own,
@@ -54,25 +54,25 @@ def tell_search(study: Study) -> Section:
     """Importances by both methods, and the searched arms as parallel coordinates."""
     job = study.job
     if job.search.design not in ADAPTIVE:
-        raise Missing(f"{job.name} is no search ({job.search.design}); its settings have effects instead")
+        raise MissingError(f"{job.name} is no search ({job.search.design}); its settings have effects instead")
     arms = list_searched(study.results, job)
     known = {arm: value for arm, found in arms.items() if (value := found.targets[0]) is not None}
     if not known:
-        raise Missing("no arm of the search ran to the end with a value yet")
+        raise MissingError("no arm of the search ran to the end with a value yet")
     lead = [
         f"{len(known)} arms were searched to the end, chosen by their results and each on "
         f"{len(job.search.seeds)} seed{'s' * (len(job.search.seeds) != 1)}. Importances tell where their values "
         "differed: not an ablation, nor which value of a setting is better."
     ]
-    parts: list[Table | Plot | str] = []
+    parts: list[Part] = []
     try:
         importances = weigh_searched(job, list(arms.values()))
         parts += _show_importances(importances)
         lead += _name_most(importances)
     except JobError as error:
-        parts += error.problems
+        parts += [f"{problem[0].upper()}{problem[1:]}." for problem in error.problems]
     parts.append(_draw_coordinates(study, arms, known))
-    return Section("search", "What the search found important", lead, parts)
+    return Section("importances", "What the search found important", lead, parts)
 
 
 def _name_most(importances: Sequence[Importance]) -> list[str]:
@@ -91,8 +91,8 @@ def _name_most(importances: Sequence[Importance]) -> list[str]:
     return told
 
 
-def _show_importances(importances: Sequence[Importance]) -> list[Table | Plot | str]:
-    parts: list[Table | Plot | str] = [f"{method}: {meaning}." for method, meaning in MEANINGS.items()]
+def _show_importances(importances: Sequence[Importance]) -> list[Part]:
+    parts: list[Part] = [f"{method}: {meaning}." for method, meaning in MEANINGS.items()]
     for number, target in enumerate(dict.fromkeys(row.target for row in importances)):
         rows = [row for row in importances if row.target == target]
         parts.append(_draw_importances(rows, f"importances{f'-{number + 1}' if number else ''}", target))
@@ -140,8 +140,7 @@ def _draw_importances(rows: Sequence[Importance], name: str, target: str) -> Plo
         where = f"arms of {part}" if part else "all searched arms"
         panel.set_title(wrap_label(f"{where} ({sizes[part]})", 80), loc="left", fontsize=9)
     panels[-1, 0].set_xlabel("importance; not an ablation")
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=2, fontsize=8,
-                  frameon=False)  # fmt: skip
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
     told = "; ".join(
         f"{method}{f' among arms of {part}' if part else ''}: "
         + ", ".join(f"{short[s]} {shares[part, s, method]:.2f}" for s in settings[part] if (part, s, method) in shares)
@@ -187,7 +186,7 @@ def _draw_coordinates(study: Study, arms: Mapping[str, Searched], known: Mapping
         _draw_axes(panel, shown)
     if best:
         handles, labels = panels[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower left", ncols=1, fontsize=8, frameon=False, handlelength=3.5)
+        figure.legend(handles, labels, loc="outside lower left", handlelength=3.5)
     rows = [_list_row(study, arms[arm], arm, known[arm], best) for arm in reversed(order)]
     told = "; ".join(best.values())
     top, bottom = (f"{known[arm]:.3f}" for arm in (order[-1], order[0]))

@@ -10,7 +10,7 @@ import numpy as np
 from raylab.job.designs import FIXED
 from raylab.job.specs import Range
 from raylab.report.drawing import SHADES, start_figure, write_values
-from raylab.report.parts import Missing, Plot, Section, Study, Table, name_settings
+from raylab.report.parts import MissingError, Part, Plot, Section, Study, name_settings
 from raylab.statistics.analysis import read_scores
 from raylab.statistics.importances import list_searched
 
@@ -41,7 +41,7 @@ def tell_spans(study: Study) -> Section:
     if not drawn:
         short = name_settings(name for names in SURFACES for name in names)
         pairs = " or ".join(" with ".join(short[name] for name in names) for names in SURFACES)
-        raise Missing(f"the arms don't vary a length of spans with a number of them ({pairs})")
+        raise MissingError(f"the arms don't vary a length of spans with a number of them ({pairs})")
     alike = (
         "Each cell is the mean over its arms. "
         if study.job.search.design in FIXED
@@ -78,9 +78,7 @@ def _name_value(study: Study) -> tuple[str, bool]:
     return f"{target.metric} of {target.task}", target.mode == "min"
 
 
-def _draw_surface(
-    study: Study, names: tuple[str, str], points: Sequence[Point]
-) -> tuple[str, Table | Plot | str] | None:
+def _draw_surface(study: Study, names: tuple[str, str], points: Sequence[Point]) -> tuple[str, Part] | None:
     """A heat map of values above one of documents kept; None where a setting does not vary."""
     points = [point for point in points if all(point.row[name] is not None for name in names)]
     levels = [_group(study, name, [point.row[name] for point in points]) for name in names]
@@ -169,8 +167,9 @@ def _fill(
 def _draw_map(
     panel: Any, values: Sequence[Sequence[float | None]], form: str, below: Sequence[Sequence[str]], title: str
 ) -> None:
-    panel.imshow(np.array(values, float), cmap=SHADES, aspect="auto", origin="lower")
+    numbers = np.array(values, float)
+    panel.imshow(numbers, cmap=SHADES, aspect="auto", origin="lower")
     # Combinations without an arm.
     panel.patch.set(hatch="///", edgecolor="#c8c8c8", linewidth=0)
-    write_values(panel, values, form, below=below)
+    write_values(panel, numbers, np.nanmin(numbers), np.nanmax(numbers), form, below=below)
     panel.set_title(title, loc="left", fontsize=9)
