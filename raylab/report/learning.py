@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from raylab.report.drawing import list_styles, start_figure, wrap_label
-from raylab.report.parts import MissingError, Part, Plot, Row, Section, Study, name_arm, rank_own, tell_cell
+from raylab.report.parts import MissingError, Part, Plot, Row, Section, Study, name_arm, tell_cell
 from raylab.results.queries import list_ranked, match_cell, open_tables
 from raylab.results.ranking import compute_interval, split_depths
 
@@ -47,7 +47,8 @@ def tell_learning(study: Study) -> Section:
     points = _read_curves(study)
     if not points:
         raise MissingError("no arm has a curve of its pre-training")
-    drawn = _choose_arms(study)
+    by_rung = _read_rungs(study)
+    drawn = _choose_arms(study, by_rung)
     parts: list[Part] = [
         "Tokens are those that entered the encoder, padding left out. Lines are means over seeds. Losses of different "
         "objectives or weights are sums of different things: compare each part, not the sums."
@@ -64,7 +65,7 @@ def tell_learning(study: Study) -> Section:
             plot, told = _draw_curves(study, points, drawn, there, {m: metrics[m] for m in there}, name, title)
             parts.append(plot)
             lead += told if metrics is HELD_OUT else []
-    if (rungs := _draw_rungs(study, drawn)) is not None:
+    if (rungs := _draw_rungs(study, by_rung, drawn)) is not None:
         parts.append(rungs)
     return Section("learning", "How the arms learned", lead, parts)
 
@@ -94,9 +95,9 @@ def _read_curves(study: Study) -> list[Point]:
     return [Point(*row) for row in rows.fetchall()]
 
 
-def _choose_arms(study: Study) -> list[str]:
+def _choose_arms(study: Study, by_rung: Mapping[str, Sequence[Row]]) -> list[str]:
     """Up to 8 arms, best first: the best four, the base arm, and others evenly down to the last."""
-    order = [row.arm for row in rank_own(study)]
+    order = sorted(by_rung, key=lambda arm: by_rung[arm][-1]["mean"], reverse=study.target.mode == "max")
     order += [arm for arm in study.arms.rows if arm not in order]
     if len(order) <= MOST_DRAWN:
         return order
@@ -207,9 +208,8 @@ def _list_rows(study: Study, points: Sequence[Point], drawn: Sequence[str], metr
     ]  # fmt: skip
 
 
-def _draw_rungs(study: Study, drawn: Sequence[str]) -> Plot | None:
+def _draw_rungs(study: Study, found: Mapping[str, Sequence[Row]], drawn: Sequence[str]) -> Plot | None:
     """The target's score at each rung, with intervals over seeds; None where no arm has more than one."""
-    found = _read_rungs(study)
     if not any(len(line) > 1 for line in found.values()):
         return None
     labels = _label_arms(study, drawn)

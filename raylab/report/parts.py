@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from raylab.job.settings import is_list, label_values
 from raylab.job.specs import Job, Target
-from raylab.results.ranking import BASELINE, RankedArm, rank_arms
 from raylab.statistics.analysis import Arms
 
 if TYPE_CHECKING:
@@ -92,15 +91,6 @@ def name_arm(study: Study, arm: str) -> str:
 def tell_cell(cell: Mapping[str, Any]) -> str:
     """A cell for people: its keys that have a value."""
     return ", ".join(f"{key}={value}" for key, value in cell.items() if value is not None)
-
-
-def rank_own(study: Study) -> list[RankedArm]:
-    """The ranked arms on validation, best first, without baselines."""
-    ranked = rank_arms(
-        study.results, study.job, study.target.table, study.cell, study.target.mode, study.arms.base or "",
-        arms=list(study.arms.rows),
-    )  # fmt: skip
-    return [row for row in ranked if not row.arm.startswith(BASELINE)]
 
 
 def name_settings(names: Iterable[str]) -> dict[str, str]:

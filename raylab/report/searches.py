@@ -20,9 +20,9 @@ from raylab.report.parts import (
     Study,
     name_arm,
     name_settings,
-    rank_own,
     tell_level,
 )
+from raylab.results.ranking import rank_arms
 from raylab.results.tables import plain_value
 from raylab.statistics.importances import MEANINGS, Importance, Searched, list_searched, weigh_searched
 
@@ -205,7 +205,11 @@ def _name_target(target: Target) -> str:
 
 def _find_best(study: Study, known: Mapping[str, float]) -> dict[str, str]:
     """The confirmed arms of the best means over the fresh seeds, with what to call them."""
-    own = [row for row in rank_own(study) if row.arm in known][:MOST_BEST]
+    ranked = rank_arms(
+        study.results, study.job, study.target.table, study.cell, study.target.mode, study.arms.base or "",
+        arms=list(study.arms.rows),
+    )  # fmt: skip
+    own = [row for row in ranked if row.arm in known][:MOST_BEST]
     return {
         row.arm: wrap_label(f"{place}. confirmed {row.value.mean:.3f}: {name_arm(study, row.arm)}", 105)
         for place, row in enumerate(own, 1)
