@@ -19,7 +19,7 @@ from raylab.statistics.analysis import default_target, list_arms
 START = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
 CELL = {"task": "severity", "metric": "f1_macro", "shots": 2, "frozen_layers": "all", "probe": "logistic"}
 HOT, ANCHORS, SAMPLING = (f"pretrain.declutr.{name}" for name in ("temperature", "num_anchors", "sampling"))
-SPAN = "pretrain.declutr.max_span"
+SPAN, RATE = "pretrain.declutr.max_span", "pretrain.learning_rate"
 SEARCHED = {
     HOT: {"low": 0.01, "high": 1.0, "log": True},
     SAMPLING: ["any", "adjacent", "subsuming"],
@@ -43,14 +43,14 @@ def study_of(tmp_path):
 def write(tmp_path):
     """`write(job, values, "arm", 0, [0.4, 0.5])`: a complete trial with these values of its draws."""
 
-    def write_trial(job, values, arm, seed, draws, phase="fixed", spans=None):
+    def write_trial(job, values, arm, seed, draws, phase="fixed", spans=None, metric="f1_macro"):
         row = {
             **list_settings(with_settings(job, values)), "arm": arm, "seed": seed, "phase": phase, "rung": 1,
             "status": "complete", "num_rungs": 1, "started_at": START, "effective_spans": spans,
             "target_values": [float(np.mean(draws))],
         }  # fmt: skip
         write_rows(tmp_path, job.name, "trials", f"{arm}-{seed}", [row])
-        shared = {**CELL, "rung": 1, "split": "validation"}
+        shared = {**CELL, "metric": metric, "rung": 1, "split": "validation"}
         rows = [{**shared, "draw": draw, "value": float(value)} for draw, value in enumerate(draws)]
         write_rows(tmp_path, job.name, "scores", f"{arm}-{seed}", rows)
 
@@ -279,6 +279,24 @@ def test_arms_that_do_not_read_a_setting_stand_under_its_axis(search, study_of):
     assert [y < -0.1 for y in segments[:, place, 1]] == [SPAN not in own for own in values]
     assert [row[SPAN] is None for row in reversed(plot.rows)] == [SPAN not in own for own in values]
     assert "not read" in [text.get_text() for text in plot.figure.axes[0].texts]
+
+
+def test_freeze_depths_are_levels_and_the_best_are_those_of_the_searched_target(make_job, write, study_of):
+    space = {"evaluate.frozen_layers": ["all", "1", "none"], RATE: {"low": 1e-4, "high": 1e-2, "log": True}}
+    target = {"task": "severity", "metric": "accuracy"}
+    search = {"design": "random", "num_arms": 6, "space": space, "targets": [target],
+              "confirm": {"top": 2, "seeds": [1]}}  # fmt: skip
+    job = make_job("mlm", {"search": search, "analysis": {"primary": "winner vs base at metric=f1_macro"}})
+    for number in range(6):
+        values = {"evaluate.frozen_layers": ("all", "1", "none")[number % 3], RATE: 10 ** (-4 + number / 3)}
+        write(job, values, f"arm{number}", 0, [number / 10], "search", metric="accuracy")
+        if number in (0, 3):
+            write(job, values, f"arm{number}", 1, [0.1 + number / 10], "confirm", metric="accuracy")
+    plot = plots_of(tell_search(study_of(job)))["search-coordinates"]
+    texts = [text.get_text() for text in plot.figure.axes[0].texts]
+    assert {"all", "1", "none"} <= set(texts)
+    assert [row["confirmed_rank"] for row in plot.rows] == [None, None, 1, None, None, 2]
+    assert "Thick: 1. confirmed 0.400: " in plot.alt
 
 
 def test_few_arms_have_lines_and_no_importances(search, study_of):

@@ -71,11 +71,11 @@ def _tell_shown(study: Study, effects: Sequence[Effect]) -> list[str]:
     of = f"of {len(effects)} effect{'s' * (len(effects) != 1)} at {tell_cell(study.cell)}"
     if not shown:
         rows = [effect.comparison for effect in effects]
-        most = max(row.num_seeds for row in rows)
+        most, least = max(row.num_seeds for row in rows), rows[0].seeds_at_least
         short = (
-            f": with {most} seeds p is never under {min(row.smallest_p for row in rows):.2g}, at least "
-            f"{rows[0].seeds_at_least} are needed for so many"
-            if all(row.num_seeds < row.seeds_at_least for row in rows)
+            f": with {most} seed{'s' * (most != 1)} p is never under {min(row.smallest_p for row in rows):.2g}, at "
+            f"least {least} are needed for so many"
+            if most < least
             else ""
         )
         return [f"None {of} is shown{short}."]
@@ -148,12 +148,17 @@ def _draw_levels(study: Study, effects: Sequence[Effect]) -> list[Part]:
     plots: list[Part] = []
     for name, title, wanted in (
         ("effects-levels", "Mean of each setting's levels, other settings averaged over", [(name,) for name in few]),
-        ("effects-interactions", "Two settings together: lines that are not parallel interact", drawn),
+        (
+            "effects-interactions",
+            "Two settings together; whether lines that run apart show anything, the effects tell",
+            drawn,
+        ),
     ):
         means = [Means(names, compute_means(levels, scores, names)) for names in wanted[:MOST_PANELS]]
         means = [found for found in means if len(found.cells) > 1]
+        left = f" ({MOST_PANELS} of {len(wanted)})" if len(wanted) > MOST_PANELS else ""
         if means:
-            plots.append(_draw_means(study, order, means, name, title))
+            plots.append(_draw_means(study, order, means, name, title + left))
     if plots:
         plots.append(
             "Intervals of means hold what all arms of a seed share, which cancels in the effects: means whose "

@@ -122,6 +122,10 @@ def _tell_choice(study: Study, drawn: Sequence[str]) -> str:
     )
 
 
+def _count(drawn: Sequence[str]) -> str:
+    return f"{len(drawn)} arm{'s' * (len(drawn) != 1)}"
+
+
 def _label_arms(study: Study, drawn: Sequence[str]) -> dict[str, str]:
     return {arm: name_arm(study, arm) for arm in drawn}
 
@@ -162,7 +166,7 @@ def _draw_curves(
     _add_legend(figure, panels)
     rows = _list_rows(study, points, drawn, metrics)
     what = "Held-out" if held_out else "Training"
-    alt = f"{what} curves of {len(drawn)} arms over tokens. {'; '.join(told)}."
+    alt = f"{what} curves of {_count(drawn)} over tokens. {'; '.join(told)}."
     first = [f"Held-out {told[0]}."] if held_out else []
     return Plot(name, title, alt, figure, rows), first
 
@@ -234,7 +238,7 @@ def _draw_rungs(study: Study, found: Mapping[str, Sequence[Row]], drawn: Sequenc
         for arm in drawn
         if len(found.get(arm, [])) > 1
     )
-    alt = f"Scores of {len(drawn)} arms after each rung, from the first to the last: {told}."
+    alt = f"Scores of {_count(drawn)} after each rung, from the first to the last: {told}."
     return Plot("learning-scores", f"Score at each rung: {tell_cell(study.cell)}", alt, figure, rows)
 
 

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from raylab.base.mistakes import JobError
-from raylab.job.designs import order_space
-from raylab.job.settings import is_integer
+from raylab.job.designs import as_setting, order_space
+from raylab.job.settings import is_integer, resolve_target
 from raylab.job.specs import ADAPTIVE, Choices, Range, Target
 from raylab.report.drawing import start_figure, wrap_label
 from raylab.report.parts import (
@@ -205,10 +205,10 @@ def _name_target(target: Target) -> str:
 
 def _find_best(study: Study, known: Mapping[str, float]) -> dict[str, str]:
     """The confirmed arms of the best means over the fresh seeds, with what to call them."""
+    job, target = study.job, study.job.search.targets[0]
     ranked = rank_arms(
-        study.results, study.job, study.target.table, study.cell, study.target.mode, study.arms.base or "",
-        arms=list(study.arms.rows),
-    )  # fmt: skip
+        study.results, job, target.table, resolve_target(job, target), target.mode, "", arms=list(study.arms.rows)
+    )
     own = [row for row in ranked if row.arm in known][:MOST_BEST]
     return {
         row.arm: wrap_label(f"{place}. confirmed {row.value.mean:.3f}: {name_arm(study, row.arm)}", 105)
@@ -226,11 +226,11 @@ def _place_setting(
     name: str, title: str, entry: Choices | Range, arms: Mapping[str, Searched], order: Sequence[str]
 ) -> Axis:
     """Levels evenly, numbers by size or logarithm; arms that don't read the setting stand under the axis."""
-    values = {arm: plain_value(arms[arm].values[name]) for arm in order if name in arms[arm].values}
+    values = {arm: _read_cell(name, arms[arm].values[name]) for arm in order if name in arms[arm].values}
     if not values:
         return Axis(title, {}, ())
     if isinstance(entry, Choices):
-        levels = list(dict.fromkeys(plain_value(value) for value in entry.choices))
+        levels = list(dict.fromkeys(_read_cell(name, value) for value in entry.choices))
         if all(isinstance(value, (int, float)) for value in levels):
             levels.sort()
     else:
@@ -244,6 +244,11 @@ def _place_setting(
         others = [arm for arm in order if arm not in values]
         places |= {arm: UNREAD + _spread(number, len(others)) for number, arm in enumerate(others)}
     return Axis(title, places, ticks)
+
+
+def _read_cell(name: str, value: Any) -> Any:
+    """A value of the space as tables hold it."""
+    return plain_value(as_setting(name, value))
 
 
 def _spread(number: int, count: int) -> float:

@@ -72,7 +72,7 @@ def compute_importances(job: Job, found: Sequence[tuple[Values, float]], *, mode
 
     In a conditional space, what only some arms read is compared among those alone: fANOVA is fitted to all arms for the
     settings that all of them read, and once more to each part of the space. PED-ANOVA weighs such settings by itself
-    (arXiv 2601.20800). Parts of fewer than 10 arms are left out.
+    (arXiv 2601.20800). Parts of fewer than 10 arms, or of one value, are left out.
     """
     parts: dict[frozenset[str], list[tuple[Values, float]]] = {}
     for values, value in found:
@@ -84,7 +84,8 @@ def compute_importances(job: Job, found: Sequence[tuple[Values, float]], *, mode
             common = frozenset.intersection(*parts)
             everyone += [(_name_part(job, parts, part), members, part - common) for part, members in parts.items()]
         for within, members, only in everyone:
-            if len(members) < FEWEST_ARMS or only == frozenset():
+            # Of equal values there is nothing to share out.
+            if len(members) < FEWEST_ARMS or only == frozenset() or len({value for _, value in members}) == 1:
                 continue
             weighed = METHODS[method](_make_study(job, members, mode), len(members))
             for name, share in sorted(weighed.items(), key=lambda item: -item[1]):
@@ -145,7 +146,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 def list_importances(results: Path, job: Job) -> list[Importance]:
     """The importances of a job's search, for each target: over the arms that ran to the end, mean over seeds.
 
-    Raises JobError for a fixed design, which has effects, and for a search of fewer than 10 such arms.
+    Raises JobError for a fixed design, which has effects, and for a search of fewer than 10 such arms or of one value.
     """
     if job.search.design not in ADAPTIVE:
         raise JobError(
@@ -164,4 +165,6 @@ def weigh_searched(job: Job, searched: Sequence[Searched]) -> list[Importance]:
                 [f"importances: {len(found)} arms of {job.name} ran to the end; {FEWEST_ARMS} are needed at least"]
             )
         rows += compute_importances(job, found, mode=target.mode, target=f"{target.task} {target.metric}")
+    if not rows:
+        raise JobError([f"importances: all arms of {job.name} have the same value; there is nothing to explain"])
     return rows
