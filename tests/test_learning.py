@@ -40,6 +40,9 @@ def write(tmp_path):
             for draw, off in ((0, -0.1), (1, 0.1))
         ]
         write_rows(tmp_path, job.name, "scores", f"{arm}-{seed}", scores)
+        # An unsealed score is no part of any curve.
+        unsealed = [row | {"split": "test", "value": 9.0} for row in scores]
+        write_rows(tmp_path, job.name, "scores", f"{arm}-{seed}", unsealed, ".test")
         found = {}
         if curves:
             rng, objective = np.random.default_rng(seed), settings[OBJECTIVE]
