@@ -82,7 +82,9 @@ def write_values(
 def render(figure: "Figure") -> tuple[bytes, bytes]:
     """A figure as SVG and PNG; the same one gives the same bytes."""
     found = []
-    # The layout takes as long as the drawing, and is the same in both.
+    # The layout takes as long as the drawing, and is the same in both. It settles in two passes: what the first one
+    # makes wider or narrower moves the labels.
+    figure.draw_without_rendering()
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     for form, metadata in (("svg", {"Date": None, "Creator": None}), ("png", {"Software": None})):
