@@ -102,11 +102,6 @@ def print_grid(rows: Sequence[Mapping[str, str]], wrapped: Collection[str], keys
     output.print(grid)
 
 
-def show_count(count: int) -> str:
-    """A count of rows for people: under 10, where a patient might be known by it, it is not told."""
-    return "<10" if count < 10 else f"{count:,}"
-
-
 def _interval(value: Any, signed: bool = False) -> str:
     sign = "+" if signed else ""
     text = f"{value.mean:{sign}.3f}"

@@ -1,13 +1,16 @@
 """What a report is made of: sections of sentences, tables and figures; and what of a job every section reads."""
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from raylab.job.settings import is_list, label_values
 from raylab.job.specs import Job, Target
 from raylab.statistics.analysis import Arms
 
 if TYPE_CHECKING:
+    import duckdb
     from matplotlib.figure import Figure
 
 Row = Mapping[str, Any]
@@ -51,17 +54,33 @@ class Plot(NamedTuple):
     raster: bool = False
 
 
+class Code(NamedTuple):
+    """What is typed or written as it stands: a command, a job file."""
+
+    text: str
+
+
+Part = Table | Plot | Code | str
+
+
 class Section(NamedTuple):
     """A subject: what is to be read first, then tables and figures. `name` is its anchor in the page."""
 
     name: str
     title: str
     lead: Sequence[str]
-    parts: Sequence[Table | Plot | str] = ()
+    parts: Sequence[Part] = ()
 
 
-class Missing(Exception):
+class MissingError(Exception):
     """A section has nothing to show; the reason is told at the end of the page."""
+
+
+def ask(connection: "duckdb.DuckDBPyConnection", sql: str, values: Sequence[Any] = ()) -> list[dict[str, Any]]:
+    """The rows of a query, by the names of their columns."""
+    found = connection.execute(sql, list(values))
+    names = [name for name, *_ in found.description]
+    return [dict(zip(names, row, strict=True)) for row in found.fetchall()]
 
 
 def name_arm(study: Study, arm: str) -> str:
@@ -72,3 +91,20 @@ def name_arm(study: Study, arm: str) -> str:
 def tell_cell(cell: Mapping[str, Any]) -> str:
     """A cell for people: its keys that have a value."""
     return ", ".join(f"{key}={value}" for key, value in cell.items() if value is not None)
+
+
+def name_settings(names: Iterable[str]) -> dict[str, str]:
+    """Settings for people: their last names; with the block before where two have the same."""
+    names = list(names)
+    last = [name.rsplit(".", 1)[-1] for name in names]
+    return {
+        name: short if last.count(short) == 1 else ".".join(name.split(".")[-2:])
+        for name, short in zip(names, last, strict=True)
+    }
+
+
+def tell_level(setting: str, value: Any) -> str:
+    """A setting's value, as tables hold it, for people."""
+    if isinstance(value, str) and is_list(setting):
+        return ", ".join(map(str, json.loads(value)))
+    return "none" if value is None else label_values({setting: value}).partition("=")[2]
