@@ -161,6 +161,31 @@ def test_columns_of_other_versions_are_kept(tmp_path: Path) -> None:
     assert query(tmp_path, ask).to_pylist() == before
 
 
+def test_files_that_several_threads_read_are_all_there_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In pieces of three, one of them with a column of another version, and one file damaged at last."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from raylab.results import snapshot
+
+    names = [write_trial(tmp_path, number, version=number) for number in range(20)]
+    odd = table_path(tmp_path, "j", "scores", names[7])
+    pq.write_table(pq.read_table(odd).append_column("more", pa.array([1] * ROWS)), odd)
+    whole = snapshot.read_table(tmp_path, "scores", columns=["trial_id", "value"])
+    monkeypatch.setattr(snapshot, "FILES_AT_ONCE", 3)
+    monkeypatch.setattr(snapshot, "READERS", 4)
+    pieces = snapshot.read_table(tmp_path, "scores", columns=["trial_id", "value"])
+    assert pieces.to_pylist() == whole.to_pylist()
+    assert pieces["trial_id"].to_pylist() == [name for name in names for _ in range(ROWS)]
+    assert query(tmp_path, "select count(more) as n from scores").to_pylist() == [{"n": ROWS}]
+    last = table_path(tmp_path, "j", "scores", names[-1])
+    last.write_bytes(last.read_bytes()[:-40])
+    with pytest.raises(JobError, match=f"{last} is damaged"):
+        query(tmp_path, "select value from scores")
+
+
 # --- damage
 
 
