@@ -73,11 +73,6 @@ def _show(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def show_count(count: int) -> str:
-    """A count of rows for people: under 10, where a patient might be known by it, it is not told."""
-    return "<10" if count < 10 else f"{count:,}"
-
-
 def _interval(value: Any, signed: bool = False) -> str:
     sign = "+" if signed else ""
     text = f"{value.mean:{sign}.3f}"

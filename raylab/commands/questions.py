@@ -227,7 +227,7 @@ def report(
         Path | None, typer.Option("--output", help="the folder to write; default: NAME-report here")
     ] = None,
 ) -> None:
-    """One HTML page that needs no network: verdict, arms, settings, embeddings, costs; its figures and tables as files."""
+    """One HTML page that needs no network: verdict, arms, settings, embeddings, costs; figures and tables as files."""
     from raylab.report.report import write_report
 
     where = open_folder(results)

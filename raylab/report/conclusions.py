@@ -1,4 +1,4 @@
-"""What a job asked and what its arms show: the declared comparison first, then the arms ranked, baselines among them."""
+"""What a job asked and what its arms show: the declared comparison first, then the arms ranked."""
 
 import math
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from raylab.job.designs import FIXED
 from raylab.job.settings import resolve_target
 from raylab.report.drawing import start_figure, wrap_label
-from raylab.report.parts import Missing, Plot, Section, Study, Table, name_arm, tell_cell
+from raylab.report.parts import MissingError, Part, Plot, Section, Study, Table, name_arm, tell_cell
 from raylab.results.ranking import BASELINE, Interval, RankedArm, find_front, rank_arms
 from raylab.statistics.analysis import analyse_job, measure_gap, name_given, tell_gap
 from raylab.statistics.verdicts import PRIMARY, list_verdicts, tell_verdicts
@@ -38,7 +38,7 @@ def tell_question(study: Study) -> Section:
     )
     given = name_given(job)
     limits = f"All of it is said {given}: other splits were not tried." if given else "Splits vary with the seed."
-    parts: list[Table | Plot | str] = [about, limits, *notes]
+    parts: list[Part] = [about, limits, *notes]
     if rows:
         rows = sorted(rows, key=lambda row: (row["role"] != PRIMARY, row["p_holm"] is None, row["p_holm"]))
         parts.append(Table("comparisons", "Comparisons, smallest p first", rows, columns))
@@ -53,7 +53,7 @@ def tell_arms(study: Study) -> Section:
         list(study.arms.rows),
     )  # fmt: skip
     if not ranked:
-        raise Missing(f"no ranked arm has a value at {tell_cell(study.cell)}")
+        raise MissingError(f"no ranked arm has a value at {tell_cell(study.cell)}")
     rows = [_row(study, place, row) for place, row in enumerate(ranked, 1)]
     columns = {
         "rank": "rank", "label": "arm", "mean": "mean", "low": "low", "high": "high", "num_seeds": "seeds",
@@ -113,17 +113,17 @@ def _draw_ranking(study: Study, ranked: list[RankedArm], rows: list[dict[str, An
     panel.grid(axis="x")
     if lines:
         figure.legend(loc="outside upper right", ncols=len(lines), fontsize=8)
-    first, last = own[0], own[-1]
+    first, last, left = own[0], own[-1], len(ranked) - len(lines) - len(own)
     alt = (
         f"{len(own)} arms from {_label(study, first)} with {first.value.mean:.3f} down to {_label(study, last)} with "
         f"{last.value.mean:.3f}"
         + "".join(f"; {_label(study, row)} at {row.value.mean:.3f}" for row in lines)
-        + (f"; {len(ranked) - len(lines) - len(own)} more arms are in the table." if len(ranked) - len(lines) > len(own) else ".")
+        + (f"; {left} more arms are in the table." if left else ".")
     )  # fmt: skip
     return Plot("arms-ranked", f"Arms by {study.cell['metric']}", alt, figure, rows)
 
 
-def _table_front(study: Study) -> list[Table | Plot | str]:
+def _table_front(study: Study) -> list[Part]:
     """With several targets: the arms that no other beats on all of them."""
     job, targets = study.job, study.job.search.targets
     if len(targets) < 2:

@@ -61,17 +61,16 @@ def wrap_label(text: str, width: int = 38) -> str:
     return "\n".join(textwrap.wrap(text, width, break_long_words=True)) or text
 
 
-def write_values(panel: "Axes", values: Any, form: str = "{:.3f}", limit: int = 400) -> None:
-    """The values of a heat map (rows x columns, drawn by `imshow`) into its cells, dark on light and light on dark."""
+def write_values(panel: "Axes", values: Any, low: float, high: float, form: str = "{:.3f}", limit: int = 400) -> None:
+    """The values of a heat map (rows x columns, shaded from `low` to `high`) into its cells, white where it is dark."""
     import numpy as np
 
     values = np.asarray(values, float)
     if values.size > limit:
         return
-    low, high = np.nanmin(values), np.nanmax(values)
     for (row, column), value in np.ndenumerate(values):
         if not np.isnan(value):
-            dark = high > low and (value - low) / (high - low) > 0.55
+            dark = high > low and (value - low) / (high - low) > 0.6
             text = form.format(value)
             panel.text(column, row, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
 

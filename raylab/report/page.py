@@ -5,7 +5,6 @@ import csv
 import io
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 from raylab.base.mistakes import JobError
 from raylab.report.drawing import render
-from raylab.report.parts import Plot, Row, Section, Table
+from raylab.report.parts import Code, Part, Row, Section, Table
 
 PAGE = "report.html"
 # An SVG of more bytes than this is shown as its PNG.
@@ -49,7 +48,10 @@ def _write_files(sections: Sequence[Section], title: str, made: str, folder: Pat
         (folder / name).mkdir(parents=True)
     # Labels of classes and arms are data: they are escaped.
     environment = Environment(
-        loader=PackageLoader("raylab.report", "."), autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True
+        loader=PackageLoader("raylab.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
     )
     told = [
         {"name": section.name, "title": section.title, "lead": section.lead,
@@ -60,9 +62,11 @@ def _write_files(sections: Sequence[Section], title: str, made: str, folder: Pat
     (folder / PAGE).write_text(text)
 
 
-def _write_part(part: Table | Plot | str, folder: Path) -> dict[str, Any]:
+def _write_part(part: Part, folder: Path) -> dict[str, Any]:
     if isinstance(part, str):
         return {"kind": "text", "text": part}
+    if isinstance(part, Code):
+        return {"kind": "code", "text": part.text}
     if isinstance(part, Table):
         return {"kind": "table", **_write_table(part, folder)}
     svg, png = render(part.figure)

@@ -51,16 +51,25 @@ class Plot(NamedTuple):
     raster: bool = False
 
 
+class Code(NamedTuple):
+    """What is typed or written as it stands: a command, a job file."""
+
+    text: str
+
+
+Part = Table | Plot | Code | str
+
+
 class Section(NamedTuple):
     """A subject: what is to be read first, then tables and figures. `name` is its anchor in the page."""
 
     name: str
     title: str
     lead: Sequence[str]
-    parts: Sequence[Table | Plot | str] = ()
+    parts: Sequence[Part] = ()
 
 
-class Missing(Exception):
+class MissingError(Exception):
     """A section has nothing to show; the reason is told at the end of the page."""
 
 

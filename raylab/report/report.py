@@ -9,13 +9,19 @@ from raylab.base.mistakes import JobError
 from raylab.job.settings import resolve_target
 from raylab.job.specs import Job
 from raylab.report.conclusions import tell_arms, tell_question
+from raylab.report.grid import tell_grid
+from raylab.report.origins import tell_cost, tell_hygiene, tell_provenance
 from raylab.report.page import write_page
-from raylab.report.parts import Missing, Section, Study
+from raylab.report.parts import MissingError, Section, Study
 from raylab.statistics.analysis import default_target, list_arms
 
 SECTIONS: dict[str, Callable[[Study], Section]] = {
     "question": tell_question,
     "arms": tell_arms,
+    "grid": tell_grid,
+    "hygiene": tell_hygiene,
+    "cost": tell_cost,
+    "provenance": tell_provenance,
 }
 
 
@@ -32,7 +38,7 @@ def write_report(results: Path, job: Job, folder: Path) -> Path:
     for name, tell in SECTIONS.items():
         try:
             sections.append(tell(study))
-        except Missing as reason:
+        except MissingError as reason:
             left_out.append(f"{name.capitalize()}: {reason}")
     if left_out:
         sections.append(Section("left-out", "Not in this report", (), left_out))

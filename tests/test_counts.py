@@ -1,8 +1,8 @@
-"""What is printed for people."""
+"""Counts that people see."""
 
 import pytest
 
-from raylab.commands.output import show_count
+from raylab.base.counts import show_count
 
 
 @pytest.mark.parametrize(("count", "shown"), [(0, "<10"), (1, "<10"), (9, "<10"), (10, "10"), (12345, "12,345")])
