@@ -270,7 +270,7 @@ def state_rows(
 def name_weights(spec: TrialSpec, encoder: str) -> str:
     """What names the weights that embed, of an encoder's stage: where none was trained or drawn, they have no seed."""
     untouched = spec.settings.pretrain.objective == "none" and spec.encoder_path is not None
-    return name_start(spec) if untouched else encoder
+    return name_start(spec.encoder_digest) if untouched else encoder
 
 
 def is_half(spec: TrialSpec) -> bool:

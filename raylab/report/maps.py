@@ -1,7 +1,11 @@
 """Maps of validation embeddings by class, before and after pre-training: two principal components of each space."""
 
+import itertools
+import math
 import textwrap
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +20,11 @@ from raylab.report.parts import MissingError, Plot, Row, Section, Study, Table
 from raylab.report.picks import Pick, list_best, pick_encoders
 from raylab.results.queries import list_ranked
 from raylab.results.tables import read_rows, read_trial
-from raylab.store.stages import FOLDER, list_stages, name_stage, open_stage, peek_key, peek_stage
+from raylab.store.stages import list_stages, name_stage, open_stage, peek_key, peek_stage
+from raylab.training.rungs import name_start
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Floats = NDArray[np.float64]
 MOST_POINTS = 2000
@@ -28,17 +36,17 @@ _LIGHT = "#d9d9d9"
 
 
 class Space(NamedTuple):
-    """The embeddings of an encoder on some rows of a task: what they are called, and the id of their stage."""
+    """The kept embeddings of an encoder: what they are called, their stage, and what decided that evaluation."""
 
     label: str
     stage_id: str
-    seed: int
+    evaluated: Mapping[str, Any]
 
 
 class Map(NamedTuple):
-    """A space as it is drawn: places [n, 2], the share of the variance on each axis, and shares between classes."""
+    """A space as it is drawn: places [n, 2], the share of the variance on each axis, and what lies between classes."""
 
-    space: Space
+    label: str
     places: Floats
     shown: tuple[float, float]
     between: float
@@ -49,146 +57,251 @@ class Map(NamedTuple):
 class Classes(NamedTuple):
     """Which validation rows are drawn, as places among them, and the class of each: a code of `names`, -1 for others.
 
-    Only classes of at least 10 validation rows have a name; so have the others together, or they are left out.
+    The names are of the largest classes, of 10 validation rows or more. Under 10 others are left out.
     """
 
     rows: NDArray[np.int64]
     codes: NDArray[np.int64]
     names: list[str]
-    others: int
 
 
 def tell_maps(study: Study) -> Section:
     """Two principal components of the validation embeddings by class: the start, the base arm and the best arm."""
     task = study.cell["task"]
-    spaces, corpus = _find_spaces(study, task)
+    spaces = _find_spaces(study, task)
     if not spaces:
-        raise MissingError(f"no embeddings of {task} are kept of the best arm or the base arm")
-    chosen, places = _open_rows(study, task, spaces[0], corpus)
-    maps = []
-    for space in spaces:
-        folder = open_stage(study.results, space.stage_id, EMBEDDINGS)
-        if folder is not None:
-            x = np.load(folder / EMBEDDINGS, mmap_mode="r")[places].astype(np.float64)
-            maps.append(_project(space, x, chosen.codes))
-    named = chosen.codes >= 0
-    rows: list[Row] = [
-        {"encoder": found.space.label, "class": chosen.names[code] if code >= 0 else OTHERS,
+        raise MissingError(f"no embeddings of {task} are kept of the best arm or the base arm; run the job again")
+    chosen, rows = _open_classes(study, task, spaces[-1])
+    maps = [
+        project(space.label, np.load(path, mmap_mode="r")[places].astype(np.float64), chosen.codes)
+        for space in spaces
+        if (path := _find_file(study, space.stage_id))
+        and (places := _find_places(study, space, rows, chosen)) is not None
+    ]
+    if not maps:
+        raise MissingError(f"which rows of {task} the kept embeddings are of can't be told; run the job again")
+    points: list[Row] = [
+        {"encoder": found.label, "class": chosen.names[code] if code >= 0 else OTHERS,
          "x": float(f"{x:.4g}"), "y": float(f"{y:.4g}")}
         for found in maps for code, (x, y) in zip(chosen.codes.tolist(), found.places.tolist(), strict=True)
     ]  # fmt: skip
     # Not in the order of the corpus.
-    rows.sort(key=lambda row: tuple(row.values()))
-    chance = (len(chosen.names) - 1) / max(1, int(named.sum()) - 1)
-    told = "; ".join(f"{found.space.label}: {found.between:.1%}" for found in maps)
+    points.sort(key=lambda row: tuple(row.values()))
+    seed, chance = spaces[-1].evaluated["seed"], (len(chosen.names) - 1) / max(1, int((chosen.codes >= 0).sum()) - 1)
+    told = "; ".join(f"{found.label}: {found.between:.1%}" for found in maps)
     lead = [
-        f"Of the variance of {task}'s validation embeddings, this share lies between the {len(chosen.names)} classes "
-        f"shown, over all dimensions: {told} ({chance:.1%} by chance)."
+        f"Of the variance of {task}'s validation embeddings this share lies between the {len(chosen.names)} classes "
+        f"shown, over all dimensions: {told} (by chance {chance:.1%})."
     ]
     caution = (
         "Each map is a principal component analysis of its own, of embeddings of length 1: distances within a map mean "
-        "something, places and scales of two maps do not compare. It shows only the stated share of the variance: what "
-        "overlaps here may be apart in other dimensions, and one seed is shown. Trust the shares over all dimensions, "
-        "and the metrics of the space, over what a map suggests."
+        "something, places and scales of two maps do not compare. It shows only the stated share of the variance, of "
+        "one seed: what overlaps here may be apart in other dimensions. Trust the shares over all dimensions, and the "
+        "metrics of the spaces, over what a map suggests. Numbers stand at the means of the classes."
     )
     columns = {"encoder": "encoder", "seed": "seed", "points": "points", "dimensions": "dimensions",
-               "shown": "variance shown", "between_map": "between classes, in the map",
+               "shown": "variance shown", "between_map": "between classes, map",
                "between": "between classes, all dimensions", "chance": "by chance"}  # fmt: skip
-    table = [
-        {"encoder": found.space.label, "seed": found.space.seed, "points": len(found.places),
-         "dimensions": found.dimensions, "shown": sum(found.shown), "between_map": found.between_map,
-         "between": found.between, "chance": chance}
+    table: list[Row] = [
+        {"encoder": found.label, "seed": seed, "points": len(found.places), "dimensions": found.dimensions,
+         "shown": sum(found.shown), "between_map": found.between_map, "between": found.between, "chance": chance}
         for found in maps
     ]  # fmt: skip
-    figure = Plot("maps", f"Validation embeddings of {task} by class, seed {spaces[0].seed}",
-                  _describe(task, maps, chosen), _draw(maps, chosen), rows, raster=True)  # fmt: skip
-    few = f"{OTHERS.capitalize()} (light grey) are those with under {FEWEST} validation rows, which are not named"
-    few += f", and those after the {MOST_CLASSES} largest." if chosen.others > 1 else "."
-    notes = [caution, *([few] if chosen.others else [])]
-    return Section("maps", "Maps of the embeddings", lead, [*notes, figure, Table("spaces", "Spaces drawn", table, columns)])
+    title = f"Validation embeddings of {task} by class, seed {seed}"
+    figure = Plot("maps", title, _describe(maps, chosen), _draw(maps, chosen), points, raster=True)
+    few = (
+        f"Light grey: classes with under {FEWEST} validation rows, which are not named, those after the "
+        f"{MOST_CLASSES} largest, and rows whose class is not known."
+    )
+    notes = [caution, *([few] if (chosen.codes < 0).any() else [])]
+    return Section(
+        "maps", "Maps of the embeddings", lead, [*notes, figure, Table("spaces", "Spaces drawn", table, columns)]
+    )
 
 
-def _find_spaces(study: Study, task: str) -> tuple[list[Space], str]:
-    """The spaces to draw, each once, all of one seed and corpus; and the digest of the task's rows."""
+def _find_spaces(study: Study, task: str) -> list[Space]:
+    """The spaces to draw, each once, the best arm's last, all of one seed and of the same rows."""
     ranked = list_best(study)
     picks = [pick for pick in pick_encoders(study, ranked) if pick.rung is None]
     trials: dict[str, dict[int, str]] = {}
     for row in list_ranked(study.results, study.job.name):
         trials.setdefault(row["arm"], {})[row["seed"]] = row["trial_id"]
     shared = set.intersection(*(set(trials[pick.arm]) for pick in picks)) or set(trials[ranked[0]])
-    seed, found, corpora = min(shared), {}, {}
+    found: dict[str, Space] = {}
     for pick in picks:
-        if seed not in trials[pick.arm]:
-            continue
-        for label, stage_id, rows in _list_kept(study, pick, trials[pick.arm][seed], task):
-            found.setdefault(stage_id, Space(label, stage_id, seed))
-            corpora[stage_id] = rows
-    wanted = next((corpora[stage_id] for stage_id in reversed(found)), "")
-    return [space for stage_id, space in found.items() if corpora[stage_id] == wanted], wanted
+        if (trial_id := trials[pick.arm].get(min(shared))) is not None:
+            for space in _list_kept(study, pick, trial_id, task):
+                found.setdefault(space.stage_id, space)
+    spaces = list(found.values())
+    return [space for space in spaces if space.evaluated["rows"] == spaces[-1].evaluated["rows"]]
 
 
-def _list_kept(study: Study, pick: Pick, trial_id: str, task: str) -> list[tuple[str, str, str]]:
-    """The kept embeddings of a trial on a task, before and after: label, stage, and digest of the task's rows.
+def _list_kept(study: Study, pick: Pick, trial_id: str, task: str) -> list[Space]:
+    """The kept embeddings of a trial on a task, before and after.
 
     Before is the start, if any job has embedded it on the same rows; else the first rung that was measured.
     """
     results, name = study.results, study.job.name
-    trial = read_trial(results, name, trial_id)
-    stages = read_rows(results, name, "stages", trial_id)
-    tokens: dict[str, int] = {}
-    embedded: dict[str, tuple[str, str]] = {}
-    for row in stages:
+    trial, tokens = read_trial(results, name, trial_id), {}
+    embedded: dict[str, Space] = {}
+    for row in read_rows(results, name, "stages", trial_id):
         info, key = peek_stage(results, row["stage_id"]), peek_key(results, row["stage_id"])
         if info is None or key is None:
             continue
         if row["kind"] == "pretrain":
             tokens[row["stage_id"]] = info["tokens"]
         elif row["kind"] == "evaluate" and key["task"] == task and "embed" in info["used"]:
-            embedded[key["encoder"]] = (info["used"]["embed"], key["rows"])
+            embedded[key["encoder"]] = Space(pick.label, info["used"]["embed"], key)
     total = trial["num_tokens"] if trial is not None else None
-    last = next((of for encoder, of in embedded.items() if tokens.get(encoder) == total), None)
+    last = next((space for encoder, space in embedded.items() if tokens.get(encoder) == total), None)
     if last is None:
         return []
-    after = [(pick.label, *last)] if _is_kept(study, last[0]) else []
+    after = [last] if _find_file(study, last.stage_id) else []
     start = next((encoder for encoder, count in tokens.items() if count == 0), None)
     if start is None or not total:
         return after
-    key, origin = peek_key(results, last[0]), peek_key(results, start)
+    key, origin = peek_key(results, last.stage_id), peek_key(results, start)
     if key is not None and origin is not None:
-        for encoder in (start, f"start-{origin['encoder']}"):
+        for encoder in (start, name_start(origin["encoder"])):
             stage_id = name_stage("embed", key | {"encoder": encoder})
-            if _is_kept(study, stage_id):
-                return [("start, before pre-training", stage_id, last[1]), *after]
-    first = min((encoder for encoder in embedded if 0 < tokens.get(encoder, 0) < total), key=tokens.__getitem__, default="")
-    if first and _is_kept(study, embedded[first][0]):
-        label = f"{pick.label}, after {tokens[first]:,} of {total:,} tokens"
-        return [(label, *embedded[first]), *after]
+            if _find_file(study, stage_id):
+                return [Space("start, before pre-training", stage_id, last.evaluated), *after]
+    measured = sorted((tokens[encoder], encoder) for encoder in embedded if 0 < tokens.get(encoder, 0) < total)
+    for count, encoder in measured[:1]:
+        space = embedded[encoder]
+        if _find_file(study, space.stage_id):
+            return [space._replace(label=f"{pick.label}, after {count:,} of {total:,} tokens"), *after]
     return after
 
 
-def _is_kept(study: Study, stage_id: str) -> bool:
-    return peek_stage(study.results, stage_id) is not None and open_stage(study.results, stage_id, EMBEDDINGS) is not None
+def _find_file(study: Study, stage_id: str) -> Path | None:
+    folder = open_stage(study.results, stage_id, EMBEDDINGS)
+    return None if folder is None else folder / EMBEDDINGS
 
 
-def _open_rows(study: Study, task: str, space: Space, corpus: str) -> tuple[Classes, NDArray[np.int64]]:
-    """The validation rows to draw, and their places among the embedded rows. Raises MissingError."""
-    results = study.results
-    for stage_id in list_stages(results, "corpus"):
-        info = peek_stage(results, stage_id)
-        if info is not None and info["digests"].get(f"task:{task}") == corpus:
-            break
-    else:
-        raise MissingError(f"the classes of {task}'s rows are not kept any more; run the job again")
-    if open_stage(results, stage_id) is None:
-        raise MissingError(f"the classes of {task}'s rows are not kept any more; run the job again")
-    rows = open_rows(results / FOLDER / stage_id, task)
+def _open_classes(study: Study, task: str, space: Space) -> tuple[Classes, dict[str, NDArray[Any]]]:
+    """The validation rows to draw, with their classes; and the coded rows. Raises MissingError."""
+    for stage_id in list_stages(study.results, "corpus"):
+        info = peek_stage(study.results, stage_id)
+        if info is not None and info["digests"].get(f"task:{task}") == space.evaluated["rows"]:
+            folder = open_stage(study.results, stage_id)
+            if folder is not None:
+                rows = open_rows(folder, task)
+                labels = rows["label"][rows["part"] == VALIDATION]
+                return choose_rows(labels, info["classes"][task]), rows
+    raise MissingError(f"the classes of {task}'s rows are not kept; run the job again")
+
+
+def _find_places(
+    study: Study, space: Space, rows: dict[str, NDArray[Any]], chosen: Classes
+) -> NDArray[np.int64] | None:
+    """Where the chosen validation rows stand among the embedded ones, which are those and the draws' training rows."""
+    asked = space.evaluated
+    evaluate = Evaluate(shots=asked["evaluate"]["shots"], draws=asked["evaluate"]["draws"])
     validation = np.flatnonzero(rows["part"] == VALIDATION)
-    key = peek_key(results, space.stage_id)
-    needed = next(
-        (found for found in _list_needed(study, task, rows, validation, space.seed)
-         if key is not None and digest(found.tolist()) == key["rows"]), None,
+    draws = list_draws(rows, asked["task"], evaluate, asked["seed"])
+    needed = np.unique(np.concatenate([validation, *(draw.rows for draw in draws)]))
+    key = peek_key(study.results, space.stage_id)
+    if key is None or key["rows"] != digest(needed.tolist()):
+        return None
+    return np.searchsorted(needed, validation[chosen.rows])
+
+
+def choose_rows(labels: NDArray[Any], names: Sequence[str]) -> Classes:
+    """At most 2,000 of the rows with labels int64 [n], or int8 [n, L], where a class is a set of labels.
+
+    Raises MissingError where under 10 rows could be drawn.
+    """
+    if labels.ndim == 2:
+        sets, of = np.unique(labels, axis=0, return_inverse=True)
+        titles = [" + ".join(name for name, has in zip(names, row, strict=True) if has == 1) or "none" for row in sets]
+        codes = np.where((labels < 0).any(axis=1), -1, of.reshape(-1))
+    else:
+        titles, codes = list(names), labels.astype(np.int64)
+    sizes = np.bincount(codes[codes >= 0], minlength=len(titles))
+    largest = [code for code in np.argsort(-sizes, kind="stable") if sizes[code] >= FEWEST][:MOST_CLASSES]
+    places = np.full(len(titles) + 1, -1)
+    places[largest] = np.arange(len(largest))
+    codes = places[codes]
+    kept = np.arange(len(codes))
+    if (codes < 0).sum() < FEWEST:
+        kept = kept[codes >= 0]
+    if len(kept) < FEWEST:
+        raise MissingError(f"under {FEWEST} validation rows could be drawn: a patient might be known by one")
+    kept = np.sort(np.random.default_rng(0).permutation(kept)[:MOST_POINTS])
+    return Classes(kept, codes[kept], [titles[code] for code in largest])
+
+
+def project(label: str, x: Floats, codes: NDArray[np.int64]) -> Map:
+    """Rows x [n, D], made of length 1, on their first two principal components; codes [n], -1 for no class shown."""
+    from sklearn.decomposition import PCA
+
+    x = x / np.linalg.norm(x, axis=1, keepdims=True)
+    # Not randomised: the same places each time.
+    pca = PCA(n_components=min(2, *x.shape), svd_solver="full")
+    with np.errstate(invalid="ignore", divide="ignore"):  # all of one place
+        places = pca.fit_transform(x)
+    places = np.pad(places, ((0, 0), (0, 2 - places.shape[1])))
+    first, second = (float(share) for share in [*np.nan_to_num(pca.explained_variance_ratio_), 0.0][:2])
+    return Map(label, places, (first, second), share_between(x, codes), share_between(places, codes), x.shape[1])
+
+
+def share_between(x: Floats, codes: NDArray[np.int64]) -> float:
+    """The share of the variance of the rows x [n, D] with a class that lies between the means of the classes."""
+    x, codes = x[codes >= 0], codes[codes >= 0]
+    if not len(x):
+        return math.nan
+    x = x - x.mean(axis=0)
+    sizes = np.bincount(codes)
+    sums = np.stack([np.bincount(codes, weights=column) for column in x.T], axis=1)[sizes > 0]
+    total = float((x * x).sum())
+    return float(((sums**2).sum(axis=1) / sizes[sizes > 0]).sum() / total) if total > 0 else math.nan
+
+
+def _describe(maps: Sequence[Map], chosen: Classes) -> str:
+    """What the maps show, for who does not see them."""
+    classes = ", ".join(f"{number} {name}" for number, name in enumerate(chosen.names, 1))
+    told = "; ".join(
+        f"{found.label}: {sum(found.shown):.0%} of the variance is shown, {found.between_map:.0%} of what is shown "
+        "lies between the classes" for found in maps
     )  # fmt: skip
-    if needed is None:
-        raise MissingError(f"which rows of {task} the kept embeddings are of can't be told: shots or draws have changed")
-    chosen = choose_rows(rows["label"][validation], info["classes"][task])
-    return chosen, np.searchsorted(needed, validation[chosen.rows])
+    return f"{len(chosen.rows):,} points a map. {told}. Classes, the largest first: {classes}."
+
+
+def _draw(maps: Sequence[Map], chosen: Classes) -> "Figure":
+    from matplotlib.lines import Line2D
+    from matplotlib.patheffects import withStroke
+
+    columns = len(maps) if len(maps) < 4 else 2
+    figure, panels = start_figure(math.ceil(len(maps) / columns), columns, height={1: 5.0, 2: 3.7}.get(columns, 2.9))
+    styles = list(itertools.islice(list_styles(), len(chosen.names)))
+    size = 22 if len(chosen.rows) <= 300 else 12 if len(chosen.rows) <= 1000 else 7
+    for panel, found in zip(panels.flat, maps, strict=False):
+        for number in range(-1, len(styles)):
+            here = found.places[chosen.codes == number]
+            color, marker = (styles[number]["color"], styles[number]["marker"]) if number >= 0 else (_LIGHT, ".")
+            panel.scatter(here[:, 0], here[:, 1], s=size, color=color, marker=marker, linewidths=0, alpha=0.75)
+        for number in range(len(styles)):
+            here = found.places[chosen.codes == number]
+            if len(here):
+                panel.annotate(
+                    str(number + 1), here.mean(axis=0), ha="center", va="center", fontsize=10, weight="bold",
+                    path_effects=[withStroke(linewidth=3, foreground="white")],
+                )  # fmt: skip
+        panel.set_aspect("equal", adjustable="datalim")
+        panel.locator_params(nbins=4)
+        panel.set_title(wrap_label(found.label, 84 // columns))
+        panel.set_xlabel(f"first component, {found.shown[0]:.0%} of the variance", fontsize=8)
+        panel.set_ylabel(f"second, {found.shown[1]:.0%}", fontsize=8)
+    names = [
+        f"{number} {textwrap.shorten(name, 60, placeholder=' ...')}" for number, name in enumerate(chosen.names, 1)
+    ]
+    handles = [
+        Line2D([], [], linestyle="", marker=style["marker"], color=style["color"], label=name)
+        for name, style in zip(names, styles, strict=True)
+    ]
+    if (chosen.codes < 0).any():
+        handles.append(Line2D([], [], linestyle="", marker=".", color=_LIGHT, label=OTHERS))
+    longest = max(map(len, [*names, OTHERS]))
+    figure.legend(handles=handles, loc="outside lower center", ncols=max(1, min(4, 110 // (longest + 6))), fontsize=8)
+    return figure
