@@ -15,9 +15,9 @@ from raylab.base.identity import digest
 from raylab.data.corpus import VALIDATION, open_rows
 from raylab.evaluation.draws import list_draws
 from raylab.job.blocks import Evaluate
-from raylab.report.drawing import list_styles, start_figure, wrap_label
+from raylab.report.drawing import list_styles, start_figure
 from raylab.report.parts import MissingError, Plot, Row, Section, Study, Table
-from raylab.report.picks import Pick, list_best, pick_encoders
+from raylab.report.picks import START, Pick, list_best, pick_encoders, tell_picks, write_title
 from raylab.results.queries import list_ranked
 from raylab.results.tables import read_rows, read_trial
 from raylab.store.stages import list_stages, name_stage, open_stage, peek_key, peek_stage
@@ -36,8 +36,9 @@ _LIGHT = "#d9d9d9"
 
 
 class Space(NamedTuple):
-    """The kept embeddings of an encoder: what they are called, their stage, and what decided that evaluation."""
+    """The kept embeddings of an encoder: as what it is shown, its arm, their stage, and the key of the evaluation."""
 
+    role: str
     label: str
     stage_id: str
     evaluated: Mapping[str, Any]
@@ -46,6 +47,7 @@ class Space(NamedTuple):
 class Map(NamedTuple):
     """A space as it is drawn: places [n, 2], the share of the variance on each axis, and what lies between classes."""
 
+    role: str
     label: str
     places: Floats
     shown: tuple[float, float]
@@ -72,23 +74,24 @@ def tell_maps(study: Study) -> Section:
     if not spaces:
         raise MissingError(f"no embeddings of {task} are kept of the best arm or the base arm; run the job again")
     chosen, rows = _open_classes(study, task, spaces[-1])
-    maps = [
-        project(space.label, np.load(path, mmap_mode="r")[places].astype(np.float64), chosen.codes)
-        for space in spaces
-        if (path := _find_file(study, space.stage_id))
-        and (places := _find_places(study, space, rows, chosen)) is not None
-    ]
+    maps = []
+    for space in spaces:
+        path, places = _find_file(study, space.stage_id), _find_places(study, space, rows, chosen)
+        if path is not None and places is not None:
+            maps.append(
+                project(space.role, space.label, np.load(path, mmap_mode="r")[places].astype(np.float64), chosen.codes)
+            )
     if not maps:
         raise MissingError(f"which rows of {task} the kept embeddings are of can't be told; run the job again")
     points: list[Row] = [
-        {"encoder": found.label, "class": chosen.names[code] if code >= 0 else OTHERS,
+        {"encoder": found.role, "class": chosen.names[code] if code >= 0 else OTHERS,
          "x": float(f"{x:.4g}"), "y": float(f"{y:.4g}")}
         for found in maps for code, (x, y) in zip(chosen.codes.tolist(), found.places.tolist(), strict=True)
     ]  # fmt: skip
     # Not in the order of the corpus.
     points.sort(key=lambda row: tuple(row.values()))
     seed, chance = spaces[-1].evaluated["seed"], (len(chosen.names) - 1) / max(1, int((chosen.codes >= 0).sum()) - 1)
-    told = "; ".join(f"{found.label}: {found.between:.1%}" for found in maps)
+    told = "; ".join(f"{found.role} {found.between:.1%}" for found in maps)
     lead = [
         f"Of the variance of {task}'s validation embeddings this share lies between the {len(chosen.names)} classes "
         f"shown, over all dimensions: {told} (by chance {chance:.1%})."
@@ -97,13 +100,14 @@ def tell_maps(study: Study) -> Section:
         "Each map is a principal component analysis of its own, of embeddings of length 1: distances within a map mean "
         "something, places and scales of two maps do not compare. It shows only the stated share of the variance, of "
         "one seed: what overlaps here may be apart in other dimensions. Trust the shares over all dimensions, and the "
-        "metrics of the spaces, over what a map suggests. Numbers stand at the means of the classes."
+        "metrics of the spaces, over a map's looks. A number stands at the mean of its class where that is apart "
+        "from all others."
     )
     columns = {"encoder": "encoder", "seed": "seed", "points": "points", "dimensions": "dimensions",
                "shown": "variance shown", "between_map": "between classes, map",
                "between": "between classes, all dimensions", "chance": "by chance"}  # fmt: skip
     table: list[Row] = [
-        {"encoder": found.label, "seed": seed, "points": len(found.places), "dimensions": found.dimensions,
+        {"encoder": found.role, "seed": seed, "points": len(found.places), "dimensions": found.dimensions,
          "shown": sum(found.shown), "between_map": found.between_map, "between": found.between, "chance": chance}
         for found in maps
     ]  # fmt: skip
@@ -113,7 +117,8 @@ def tell_maps(study: Study) -> Section:
         f"Light grey: classes with under {FEWEST} validation rows, which are not named, those after the "
         f"{MOST_CLASSES} largest, and rows whose class is not known."
     )
-    notes = [caution, *([few] if (chosen.codes < 0).any() else [])]
+    shown = [Pick(found.role, found.label, "") for found in maps]
+    notes = [tell_picks(shown), caution, *([few] if (chosen.codes < 0).any() else [])]
     return Section(
         "maps", "Maps of the embeddings", lead, [*notes, figure, Table("spaces", "Spaces drawn", table, columns)]
     )
@@ -131,7 +136,10 @@ def _find_spaces(study: Study, task: str) -> list[Space]:
     for pick in picks:
         if (trial_id := trials[pick.arm].get(min(shared))) is not None:
             for space in _list_kept(study, pick, trial_id, task):
-                found.setdefault(space.stage_id, space)
+                taken = any(other.role == space.role for other in found.values())
+                found.setdefault(
+                    space.stage_id, space._replace(role=f"{space.role} of {pick.role}") if taken else space
+                )
     spaces = list(found.values())
     return [space for space in spaces if space.evaluated["rows"] == spaces[-1].evaluated["rows"]]
 
@@ -151,7 +159,7 @@ def _list_kept(study: Study, pick: Pick, trial_id: str, task: str) -> list[Space
         if row["kind"] == "pretrain":
             tokens[row["stage_id"]] = info["tokens"]
         elif row["kind"] == "evaluate" and key["task"] == task and "embed" in info["used"]:
-            embedded[key["encoder"]] = Space(pick.label, info["used"]["embed"], key)
+            embedded[key["encoder"]] = Space(pick.role, pick.label, info["used"]["embed"], key)
     total = trial["num_tokens"] if trial is not None else None
     last = next((space for encoder, space in embedded.items() if tokens.get(encoder) == total), None)
     if last is None:
@@ -165,12 +173,12 @@ def _list_kept(study: Study, pick: Pick, trial_id: str, task: str) -> list[Space
         for encoder in (start, name_start(origin["encoder"])):
             stage_id = name_stage("embed", key | {"encoder": encoder})
             if _find_file(study, stage_id):
-                return [Space("start, before pre-training", stage_id, last.evaluated), *after]
+                return [Space(START, "before pre-training", stage_id, last.evaluated), *after]
     measured = sorted((tokens[encoder], encoder) for encoder in embedded if 0 < tokens.get(encoder, 0) < total)
     for count, encoder in measured[:1]:
         space = embedded[encoder]
         if _find_file(study, space.stage_id):
-            return [space._replace(label=f"{pick.label}, after {count:,} of {total:,} tokens"), *after]
+            return [space._replace(role=f"{pick.role}, after {count / total:.0%} of its tokens"), *after]
     return after
 
 
@@ -197,7 +205,7 @@ def _find_places(
 ) -> NDArray[np.int64] | None:
     """Where the chosen validation rows stand among the embedded ones, which are those and the draws' training rows."""
     asked = space.evaluated
-    evaluate = Evaluate(shots=asked["evaluate"]["shots"], draws=asked["evaluate"]["draws"])
+    evaluate = Evaluate(shots=tuple(asked["evaluate"]["shots"]), draws=asked["evaluate"]["draws"])
     validation = np.flatnonzero(rows["part"] == VALIDATION)
     draws = list_draws(rows, asked["task"], evaluate, asked["seed"])
     needed = np.unique(np.concatenate([validation, *(draw.rows for draw in draws)]))
@@ -210,7 +218,7 @@ def _find_places(
 def choose_rows(labels: NDArray[Any], names: Sequence[str]) -> Classes:
     """At most 2,000 of the rows with labels int64 [n], or int8 [n, L], where a class is a set of labels.
 
-    Raises MissingError where under 10 rows could be drawn.
+    Raises MissingError where under two classes could be drawn.
     """
     if labels.ndim == 2:
         sets, of = np.unique(labels, axis=0, return_inverse=True)
@@ -226,13 +234,13 @@ def choose_rows(labels: NDArray[Any], names: Sequence[str]) -> Classes:
     kept = np.arange(len(codes))
     if (codes < 0).sum() < FEWEST:
         kept = kept[codes >= 0]
-    if len(kept) < FEWEST:
-        raise MissingError(f"under {FEWEST} validation rows could be drawn: a patient might be known by one")
+    if len(largest) < 2:
+        raise MissingError(f"under two classes have {FEWEST} validation rows: in smaller ones a patient might be known")
     kept = np.sort(np.random.default_rng(0).permutation(kept)[:MOST_POINTS])
     return Classes(kept, codes[kept], [titles[code] for code in largest])
 
 
-def project(label: str, x: Floats, codes: NDArray[np.int64]) -> Map:
+def project(role: str, label: str, x: Floats, codes: NDArray[np.int64]) -> Map:
     """Rows x [n, D], made of length 1, on their first two principal components; codes [n], -1 for no class shown."""
     from sklearn.decomposition import PCA
 
@@ -243,7 +251,7 @@ def project(label: str, x: Floats, codes: NDArray[np.int64]) -> Map:
         places = pca.fit_transform(x)
     places = np.pad(places, ((0, 0), (0, 2 - places.shape[1])))
     first, second = (float(share) for share in [*np.nan_to_num(pca.explained_variance_ratio_), 0.0][:2])
-    return Map(label, places, (first, second), share_between(x, codes), share_between(places, codes), x.shape[1])
+    return Map(role, label, places, (first, second), share_between(x, codes), share_between(places, codes), x.shape[1])
 
 
 def share_between(x: Floats, codes: NDArray[np.int64]) -> float:
@@ -262,10 +270,16 @@ def _describe(maps: Sequence[Map], chosen: Classes) -> str:
     """What the maps show, for who does not see them."""
     classes = ", ".join(f"{number} {name}" for number, name in enumerate(chosen.names, 1))
     told = "; ".join(
-        f"{found.label}: {sum(found.shown):.0%} of the variance is shown, {found.between_map:.0%} of what is shown "
+        f"{found.role}: {sum(found.shown):.0%} of the variance is shown, {found.between_map:.0%} of what is shown "
         "lies between the classes" for found in maps
     )  # fmt: skip
     return f"{len(chosen.rows):,} points a map. {told}. Classes, the largest first: {classes}."
+
+
+def find_apart(means: Floats, spread: float) -> NDArray[np.bool_]:
+    """Which of the means [k, 2] of classes stand apart from all others, in a map of so large a spread: bool [k]."""
+    distances = np.linalg.norm(means[:, None] - means[None], axis=2) + np.where(np.eye(len(means)), np.inf, 0.0)
+    return np.asarray(distances.min(axis=1) >= 0.05 * spread)
 
 
 def _draw(maps: Sequence[Map], chosen: Classes) -> "Figure":
@@ -281,16 +295,15 @@ def _draw(maps: Sequence[Map], chosen: Classes) -> "Figure":
             here = found.places[chosen.codes == number]
             color, marker = (styles[number]["color"], styles[number]["marker"]) if number >= 0 else (_LIGHT, ".")
             panel.scatter(here[:, 0], here[:, 1], s=size, color=color, marker=marker, linewidths=0, alpha=0.75)
-        for number in range(len(styles)):
-            here = found.places[chosen.codes == number]
-            if len(here):
-                panel.annotate(
-                    str(number + 1), here.mean(axis=0), ha="center", va="center", fontsize=10, weight="bold",
-                    path_effects=[withStroke(linewidth=3, foreground="white")],
-                )  # fmt: skip
+        drawn = np.unique(chosen.codes[chosen.codes >= 0])
+        means = np.array([found.places[chosen.codes == number].mean(axis=0) for number in drawn])
+        apart = find_apart(means, float(np.ptp(found.places, axis=0).max()))
+        for number, (x, y) in zip(drawn[apart].tolist(), means[apart].tolist(), strict=True):
+            panel.text(x, y, str(number + 1), ha="center", va="center", weight="bold", fontsize=10,
+                       path_effects=[withStroke(linewidth=3, foreground="white")])  # fmt: skip
         panel.set_aspect("equal", adjustable="datalim")
         panel.locator_params(nbins=4)
-        panel.set_title(wrap_label(found.label, 84 // columns))
+        panel.set_title(write_title(found.role, found.label, columns), fontsize=9)
         panel.set_xlabel(f"first component, {found.shown[0]:.0%} of the variance", fontsize=8)
         panel.set_ylabel(f"second, {found.shown[1]:.0%}", fontsize=8)
     names = [
@@ -303,5 +316,11 @@ def _draw(maps: Sequence[Map], chosen: Classes) -> "Figure":
     if (chosen.codes < 0).any():
         handles.append(Line2D([], [], linestyle="", marker=".", color=_LIGHT, label=OTHERS))
     longest = max(map(len, [*names, OTHERS]))
-    figure.legend(handles=handles, loc="outside lower center", ncols=max(1, min(4, 110 // (longest + 6))), fontsize=8)
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=max(1, min(4, 110 // (longest + 6))),
+        fontsize=8,
+        frameon=False,
+    )
     return figure

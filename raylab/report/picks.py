@@ -1,16 +1,18 @@
 """The encoders that figures of embedding spaces show: the start, the base arm, and the best ranked arm."""
 
+import textwrap
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from raylab.report.parts import MissingError, Study, name_arm, tell_cell
 from raylab.results.ranking import BASELINE, rank_arms
 
 START, BASE, BEST = "start", "base", "best"
-FIRST = "best, first rung"
+FIRST = "best, at its first rung"
 
 
 class Pick(NamedTuple):
-    """An encoder to be shown: what it is shown as, its arm, and its rung (None: the last)."""
+    """An encoder to be shown: as what, what sets its arm apart, its arm, and its rung (None: the last)."""
 
     role: str
     label: str
@@ -46,7 +48,7 @@ def pick_encoders(study: Study, ranked: list[str]) -> list[Pick]:
     if study.arms.base in ranked:
         roles.setdefault((str(study.arms.base), None), []).append(BASE)
     roles.setdefault((best, None), []).append(BEST)
-    return [Pick(" and ".join(names), _label(study, arm, names), arm, rung) for (arm, rung), names in roles.items()]
+    return [Pick(" and ".join(names), name_arm(study, arm), arm, rung) for (arm, rung), names in roles.items()]
 
 
 def find_start(study: Study, arm: str, ranked: list[str]) -> str | None:
@@ -59,6 +61,23 @@ def find_start(study: Study, arm: str, ranked: list[str]) -> str | None:
     return None
 
 
-def _label(study: Study, arm: str, names: list[str]) -> str:
-    role, name = " and ".join(names), name_arm(study, arm)
-    return role if name in names else f"{role}: {name}"
+def tell_picks(picks: Sequence[Pick]) -> str:
+    """What the shown encoders are, in a sentence."""
+    known: set[str] = set()
+    told: list[str] = []
+    for pick in reversed(picks):
+        said = pick.label in pick.role or pick.label in known
+        told.insert(0, pick.role if said else f"{pick.role} ({pick.label})")
+        known.add(pick.label)
+    missing = "" if any(START in pick.role for pick in picks) else (
+        " The start was not measured: an arm with pretrain.objective none does that."
+    )  # fmt: skip
+    return f"Shown: {'; '.join(told)}.{missing}"
+
+
+def write_title(role: str, label: str, panels: int) -> str:
+    """A panel's title where so many panels stand side by side: the role, and under it what sets the arm apart."""
+    if label in role:
+        return role
+    lines = textwrap.wrap(label, 78 // panels, break_long_words=True)
+    return "\n".join([role, *lines[:2]]) + (" ..." if len(lines) > 2 else "")

@@ -8,17 +8,25 @@ import raylab
 from raylab.base.mistakes import JobError
 from raylab.job.settings import resolve_target
 from raylab.job.specs import Job
+from raylab.report.associations import tell_associations
 from raylab.report.conclusions import tell_arms, tell_question
+from raylab.report.failures import tell_failures
 from raylab.report.grid import tell_grid
+from raylab.report.maps import tell_maps
 from raylab.report.origins import tell_cost, tell_hygiene, tell_provenance
 from raylab.report.page import write_page
 from raylab.report.parts import MissingError, Section, Study
+from raylab.report.shapes import tell_shapes
 from raylab.statistics.analysis import default_target, list_arms
 
 SECTIONS: dict[str, Callable[[Study], Section]] = {
     "question": tell_question,
     "arms": tell_arms,
     "grid": tell_grid,
+    "maps": tell_maps,
+    "shapes": tell_shapes,
+    "failures": tell_failures,
+    "associations": tell_associations,
     "hygiene": tell_hygiene,
     "cost": tell_cost,
     "provenance": tell_provenance,
