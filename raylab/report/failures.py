@@ -26,7 +26,7 @@ def tell_failures(study: Study) -> Section:
         }
         for name, signature in SIGNATURES.items()
     ]
-    told = [f"{row['signature']} {row['found']} times" for row in summary if row["found"]]
+    told = [f"{row['signature']} ({row['found']})" for row in summary if row["found"]]
     unjudged = sum(row["found"] is None for row in found)
     lead = [
         (f"{len(shown)} of {len(arms)} arms show a signature of failure: {', '.join(told)}, counted by arm and task."
