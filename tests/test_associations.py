@@ -14,6 +14,7 @@ from raylab.statistics.analysis import default_target, list_arms
 from raylab.statistics.correlations import BINS
 
 RATES = [round(1e-4 * 1.3**place, 7) for place in range(12)]
+START = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
 NOISE = [f"mutual_{name}" for name in ("clustering", "components", "assortativity")]
 
 
@@ -35,9 +36,8 @@ def make_study(make_job, tmp_path):
             seen = []
             for seed in (0, 1):
                 trial = f"arm{number}-{seed}"
-                row = {**settings, "arm": f"arm{number}", "seed": seed, "phase": "fixed", "status": "complete", "rung": 2,
-                       "num_rungs": 2, "started_at": datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)}  # fmt: skip
-                write_rows(tmp_path, job.name, "trials", trial, [row])
+                row = {"arm": f"arm{number}", "seed": seed, "phase": "fixed", "status": "complete", "started_at": START}
+                write_rows(tmp_path, job.name, "trials", trial, [settings | row | {"rung": 2, "num_rungs": 2}])
                 shared = {"task": "severity", "rung": 2, "split": "validation"}
                 score = shared | {"metric": "f1_macro", "frozen_layers": "all", "probe": "logistic", "draw": 0}
                 value = level + rng.normal(0, 0.05)
@@ -82,7 +82,7 @@ def test_the_strongest_is_told_with_how_many_were_looked_at(make_study):
     assert first["within_rho"] == pytest.approx(stats.spearmanr(*inner).statistic)
     strongest = sorted(here, key=lambda row: -abs(row["rho"]))[:MOST_DRAWN]
     assert list(plot.rows) == strongest
-    assert [text.get_text() for text in plot.figure.axes[0].get_yticklabels()][0] == "rankme"
+    assert plot.figure.axes[0].get_yticklabels()[0].get_text() == "rankme"
     assert f"rankme {rho:+.2f}" in plot.alt
     assert f"{num - MOST_DRAWN} more are in the table" in plot.alt
 

@@ -45,18 +45,15 @@ def make_study(make_job, tmp_path):
 
 def test_what_is_found_is_told_with_its_evidence_and_first(make_study):
     section = tell_failures(make_study({1e-3: HEALTHY, 1e-2: COLLAPSED}))
-    assert section.lead[0].startswith("1 of 2 arms show a signature of failure: collapse 1 times")
+    assert section.lead[0].startswith("1 of 2 arms show a signature of failure: collapse (1), counted")
     unjudged = 2 * (len(SIGNATURES) - 1)  # nothing but RankMe and uniformity was measured
     assert f"{unjudged} of {2 * len(SIGNATURES)} could not be judged" in section.lead[0]
     summary, found = (part.rows for part in section.parts[1:])
     assert {row["signature"]: (row["found"], row["not_judged"], row["looked_at"]) for row in summary} == {
         name: (1, 0, 2) if name == "collapse" else (0, 2, 2) for name in SIGNATURES
     }
-    assert (found[0]["settings"], found[0]["signature"], found[0]["found"]) == (
-        "learning_rate=0.01",
-        "collapse",
-        "found",
-    )
+    first = [found[0][name] for name in ("settings", "signature", "found")]
+    assert first == ["learning_rate=0.01", "collapse", "found"]
     assert "rankme 1, rankme_gaussian 30" in found[0]["evidence"]
     assert {row["found"] for row in found[1:]} == {"not judged"}
     assert len(found) == 1 + unjudged

@@ -28,7 +28,10 @@ def list_imports(module: str, *, top_only: bool) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found.add(node.module or "")
+            # A name that is imported from a folder is a module.
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            modules = {name for name in inner if name.removeprefix("raylab.") in FILES}
+            found |= modules or {node.module or ""}
     return found
 
 

@@ -119,7 +119,8 @@ def test_lead_alt_and_figure_say_the_same(ran):
     for role, row in spaces.items():
         assert f"{role} {row['between']:.1%}" in section.lead[0]
         assert f"{role}: {row['shown']:.0%} of the variance is shown" in plot.alt
-    assert [panel.get_title().split("\n")[0] for panel in plot.figure.axes] == list(spaces)
+    titles = [panel.get_title().split("\n")[0] for panel in plot.figure.axes]
+    assert titles == list(spaces)
     classes = {row["class"] for row in plot.rows}
     assert {text.get_text()[2:] for text in plot.figure.legends[0].get_texts()} == classes
     assert all(name in plot.alt for name in classes)

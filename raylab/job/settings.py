@@ -88,7 +88,7 @@ def list_measures(job: Job) -> dict[str, Any]:
 def label_values(values: Mapping[str, Any]) -> str:
     """Some settings for people: their last names and values; null ones left out."""
     return ", ".join(
-        f"{name.rsplit('.', 1)[-1]}={value:g}" if isinstance(value, float) else f"{name.rsplit('.', 1)[-1]}={value}"
+        f"{name.rsplit('.', 1)[-1]}={value:.4g}" if isinstance(value, float) else f"{name.rsplit('.', 1)[-1]}={value}"
         for name, value in values.items()
         if value is not None
     )

@@ -122,7 +122,7 @@ def _draw(named: str, rows: list[dict[str, Any]]) -> Plot:
             if row["within_low"] is not None:
                 panel.plot([row["within_low"], row["within_high"]], [place + 0.18] * 2, color="#8c8c8c", linewidth=1.2)
             panel.plot(row["within_rho"], place + 0.18, "s", color="#8c8c8c", markerfacecolor="white", markersize=4.5)
-    panel.set_yticks(range(len(drawn)), [wrap_label(_name(row)) for row in drawn], fontsize=8)
+    panel.set_yticks(range(len(drawn)), [wrap_label(_name(row)) for row in drawn])
     panel.set_ylim(len(drawn) - 0.5, -0.5)
     panel.set_xlim(-1.03, 1.03)
     panel.set_xlabel(

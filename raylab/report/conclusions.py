@@ -38,7 +38,7 @@ def tell_question(study: Study) -> Section:
     )
     given = name_given(job)
     limits = f"All of it is said {given}: other splits were not tried." if given else "Splits vary with the seed."
-    parts: list[Part] = [about, limits, *notes]
+    parts: list[Part] = [about, limits, *(f"{note[0].upper()}{note[1:]}." for note in notes)]
     if rows:
         rows = sorted(rows, key=lambda row: (row["role"] != PRIMARY, row["p_holm"] is None, row["p_holm"]))
         parts.append(Table("comparisons", "Comparisons, smallest p first", rows, columns))
@@ -67,7 +67,9 @@ def tell_arms(study: Study) -> Section:
     ]
     plot = _draw_ranking(study, ranked, rows)
     front = _table_front(study)
-    return Section("arms", "Arms ranked", lead, [plot, Table("arms", "Arms ranked", rows, columns), *front])
+    return Section(
+        "arms", "Arms ranked", lead, [plot, Table("arms", "Arms and baselines, best first", rows, columns), *front]
+    )
 
 
 def _row(study: Study, place: int, row: RankedArm) -> dict[str, Any]:
@@ -96,7 +98,9 @@ def _label(study: Study, row: RankedArm) -> str:
 def _draw_ranking(study: Study, ranked: list[RankedArm], rows: list[dict[str, Any]]) -> Plot:
     own = [row for row in ranked if not row.arm.startswith(BASELINE)][:MOST_DRAWN]
     lines = [row for row in ranked if row.arm.startswith(BASELINE)]
-    figure, panels = start_figure(height=0.9 + 0.3 * len(own))
+    names = [wrap_label(_label(study, row), 46) for row in own]
+    tallest = max(name.count("\n") for name in names) + 1
+    figure, panels = start_figure(height=0.9 + (0.14 + 0.15 * tallest) * len(own))
     panel = panels[0, 0]
     for place, row in enumerate(own):
         is_base = row.arm == study.arms.base
@@ -107,12 +111,12 @@ def _draw_ranking(study: Study, ranked: list[RankedArm], rows: list[dict[str, An
     for number, row in enumerate(lines):
         panel.axvline(row.value.mean, color="#595959", linestyle=("--", ":", "-.")[number % 3], linewidth=1.2,
                       label=_label(study, row))  # fmt: skip
-    panel.set_yticks(range(len(own)), [wrap_label(_label(study, row)) for row in own])
+    panel.set_yticks(range(len(own)), names)
     panel.set_ylim(len(own) - 0.5, -0.5)
     panel.set_xlabel(f"{study.cell['metric']}, mean over seeds and 95 % interval; hollow: the base arm")
     panel.grid(axis="x")
     if lines:
-        figure.legend(loc="outside upper right", ncols=len(lines), fontsize=8)
+        figure.legend(loc="outside upper right", ncols=len(lines))
     first, last, left = own[0], own[-1], len(ranked) - len(lines) - len(own)
     alt = (
         f"{len(own)} arms from {_label(study, first)} with {first.value.mean:.3f} down to {_label(study, last)} with "

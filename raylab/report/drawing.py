@@ -14,8 +14,8 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
 LINES = ("-", "--", "-.", ":")
 # One hue whose darkness alone tells values apart: it reads alike in grey.
 SHADES = "Blues"
-WIDTH = 7.2
-_STYLE = {
+WIDTH = 8.4
+STYLE = {
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.spines.top": False,
@@ -24,8 +24,10 @@ _STYLE = {
     "grid.color": "#e0e0e0",
     "grid.linewidth": 0.6,
     "legend.frameon": False,
+    "legend.fontsize": 8,
     # Drawn as shapes: the page holds a figure as a picture, which takes no fonts along.
     "svg.fonttype": "path",
+    "svg.hashsalt": "raylab",
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
 }
@@ -35,13 +37,10 @@ def start_figure(
     rows: int = 1, columns: int = 1, *, height: float = 3.2, width: float = WIDTH, **options: Any
 ) -> "tuple[Figure, Any]":
     """A figure of `height` inches a row and its panels as an array of rows x columns; options as of `subplots`."""
-    import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(width, height * rows), layout="constrained", dpi=130)
-        panels = figure.subplots(rows, columns, squeeze=False, **options)
-    return figure, panels
+    figure = Figure(figsize=(width, height * rows), layout="constrained", dpi=130)
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
 def list_styles() -> Iterator[dict[str, str]]:
@@ -77,12 +76,12 @@ def write_values(panel: "Axes", values: Any, low: float, high: float, form: str 
 
 def render(figure: "Figure") -> tuple[bytes, bytes]:
     """A figure as SVG and PNG; the same one gives the same bytes."""
-    import matplotlib
-
     found = []
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": "raylab"}):
-        for form, metadata in (("svg", {"Date": None, "Creator": None}), ("png", {"Software": None})):
-            stream = io.BytesIO()
-            figure.savefig(stream, format=form, metadata=metadata)
-            found.append(stream.getvalue())
+    # The layout takes as long as the drawing, and is the same in both.
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for form, metadata in (("svg", {"Date": None, "Creator": None}), ("png", {"Software": None})):
+        stream = io.BytesIO()
+        figure.savefig(stream, format=form, metadata=metadata)
+        found.append(stream.getvalue())
     return found[0], found[1]

@@ -7,7 +7,7 @@ import numpy as np
 
 from raylab.job.specs import Target
 from raylab.report.drawing import SHADES, list_styles, start_figure, wrap_label, write_values
-from raylab.report.parts import MissingError, Part, Plot, Section, Study, Table, name_arm
+from raylab.report.parts import MissingError, Part, Plot, Section, Study, Table, ask, name_arm
 from raylab.results.queries import list_ranked, open_tables
 from raylab.results.ranking import BASELINE, compute_interval
 
@@ -57,9 +57,11 @@ def tell_grid(study: Study) -> Section:
 def read_grid(study: Study, task: str, metric: str, name: str | None = None) -> list[Row]:
     """A row an arm (baselines included), freeze depth, probe and number of shots, with a 95 % t interval over seeds."""
     ranked = [row["trial_id"] for row in list_ranked(study.results, study.job.name)]
-    found = open_tables(study.results, "trials scores", study.job.name, ranked).execute(
+    found = ask(
+        open_tables(study.results, "trials scores", study.job.name, ranked),
         """
-        select arm, frozen_layers, probe, shots, list(value order by seed), avg(updated), avg(seconds), min(num_train)
+        select arm, frozen_layers, probe, shots, list(value order by seed) as "values", avg(updated) as updated,
+            avg(seconds) as seconds, min(num_train) as num_train
         from (
             select t.arm, s.frozen_layers, s.probe, s.shots, t.seed, avg(s.value) as value,
                 avg(s.parameters_updated) as updated, avg(s.train_seconds) as seconds, min(s.num_train) as num_train
@@ -70,19 +72,21 @@ def read_grid(study: Study, task: str, metric: str, name: str | None = None) -> 
         ) group by all order by all
         """,
         [study.job.name, task, metric, name],
-    ).fetchall()  # fmt: skip
+    )
     rows = []
-    for arm, depth, probe, shots, values, updated, seconds, num_train in found:
+    for row in found:
+        arm, updated = row["arm"], row["updated"]
         if arm not in study.arms.rows and not arm.startswith(BASELINE):
             continue
-        mean, low, high, num_seeds = compute_interval(values)
+        mean, low, high, num_seeds = compute_interval(row["values"])
         label = f"{arm.removeprefix(BASELINE)} (baseline)" if arm.startswith(BASELINE) else name_arm(study, arm)
         rows.append(
             {
-                "arm": arm, "label": label, "frozen_layers": depth, "probe": probe, "shots": tell_shots(shots),
+                "arm": arm, "label": label, "frozen_layers": row["frozen_layers"], "probe": row["probe"],
+                "shots": tell_shots(row["shots"]),
                 "mean": mean, "low": None if math.isnan(low) else low, "high": None if math.isnan(high) else high,
                 "num_seeds": num_seeds, "parameters_updated": None if updated is None else round(updated),
-                "train_seconds": seconds, "num_train": num_train,
+                "train_seconds": row["seconds"], "num_train": row["num_train"],
             }
         )  # fmt: skip
     return rows
@@ -186,7 +190,7 @@ def _draw_shots(study: Study, rows: list[Row], arms: list[str], what: str) -> Pl
         here = [row for row in chosen if row["arm"] == arm]
         x = [shots.index(row["shots"]) for row in here]
         look = style | {"color": "#8c8c8c"} if arm in baselines else style
-        panel.plot(x, [row["mean"] for row in here], label=wrap_label(here[0]["label"], 60), markersize=5, **look)
+        panel.plot(x, [row["mean"] for row in here], label=wrap_label(here[0]["label"], 100), markersize=5, **look)
         if all(row["low"] is not None for row in here):
             panel.fill_between(x, [row["low"] for row in here], [row["high"] for row in here], color=look["color"],
                                alpha=0.1, linewidth=0)  # fmt: skip
@@ -195,7 +199,7 @@ def _draw_shots(study: Study, rows: list[Row], arms: list[str], what: str) -> Pl
     panel.set_xlabel(f"shots; frozen layers {depth}, probe {probe}; bands: 95 % intervals")
     panel.set_ylabel(what.partition(" of ")[0])
     panel.grid(axis="y")
-    figure.legend(loc="outside lower center", ncols=1 if len(lines) > 3 else 2, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=1 if len(lines) > 3 else 2)
     left = f" ({MOST_LINES} of {len(lines)} arms)" if len(lines) > MOST_LINES else ""
     return Plot("score-by-shots", f"{what} over shots{left}", "; ".join(told) + ".", figure, chosen)
 
@@ -224,7 +228,7 @@ def _draw_parameters(study: Study, rows: list[Row], what: str) -> list[Part]:
     panel.set_xlabel(f"parameters updated, {wanted} shots")
     panel.set_ylabel(what.partition(" of ")[0])
     panel.grid()
-    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=4)
     told = "; ".join(
         f"{row['label']} with frozen layers {row['frozen_layers']}: {row['mean']:.3f} for "
         f"{row['parameters_updated']:,} parameters"

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -30,6 +29,7 @@ Floats = NDArray[np.float64]
 MOST_POINTS = 2000
 # More would not be told apart.
 MOST_CLASSES = 10
+LONGEST_NAME = 50
 EMBEDDINGS = "embeddings.npy"
 OTHERS = "other classes"
 _LIGHT = "#d9d9d9"
@@ -279,17 +279,30 @@ def _describe(maps: Sequence[Map], chosen: Classes) -> str:
 def find_apart(means: Floats, spread: float) -> NDArray[np.bool_]:
     """Which of the means [k, 2] of classes stand apart from all others, in a map of so large a spread: bool [k]."""
     distances = np.linalg.norm(means[:, None] - means[None], axis=2) + np.where(np.eye(len(means)), np.inf, 0.0)
-    return np.asarray(distances.min(axis=1) >= 0.05 * spread)
+    return np.asarray(distances.min(axis=1) >= 0.09 * spread)
 
 
 def _draw(maps: Sequence[Map], chosen: Classes) -> "Figure":
+    """The maps two beside each other; the legend takes the place that is left, or its own below."""
     from matplotlib.lines import Line2D
     from matplotlib.patheffects import withStroke
 
-    columns = len(maps) if len(maps) < 4 else 2
-    figure, panels = start_figure(math.ceil(len(maps) / columns), columns, height={1: 5.0, 2: 3.7}.get(columns, 2.9))
     styles = list(itertools.islice(list_styles(), len(chosen.names)))
-    size = 22 if len(chosen.rows) <= 300 else 12 if len(chosen.rows) <= 1000 else 7
+    names = [
+        f"{number} {name if len(name) <= LONGEST_NAME else f'{name[:30]} ... {name[-15:]}'}"
+        for number, name in enumerate(chosen.names, 1)
+    ]
+    handles = [
+        Line2D([], [], linestyle="", marker=style["marker"], color=style["color"], label=name)
+        for name, style in zip(names, styles, strict=True)
+    ]
+    if (chosen.codes < 0).any():
+        handles.append(Line2D([], [], linestyle="", marker=".", color=_LIGHT, label=OTHERS))
+    across = max(1, min(5, 130 // (max(map(len, [*names, OTHERS])) + 8)))
+    columns = min(2, len(maps))
+    lines, below = math.ceil(len(maps) / columns), 0.2 * math.ceil(len(handles) / across)
+    figure, panels = start_figure(lines, columns, height=(3.9 if columns > 1 else 5.0) + below / lines)
+    size = 22 if len(chosen.rows) <= 300 else 12 if len(chosen.rows) <= 1000 else 8
     for panel, found in zip(panels.flat, maps, strict=False):
         for number in range(-1, len(styles)):
             here = found.places[chosen.codes == number]
@@ -302,25 +315,14 @@ def _draw(maps: Sequence[Map], chosen: Classes) -> "Figure":
             panel.text(x, y, str(number + 1), ha="center", va="center", weight="bold", fontsize=10,
                        path_effects=[withStroke(linewidth=3, foreground="white")])  # fmt: skip
         panel.set_aspect("equal", adjustable="datalim")
-        panel.locator_params(nbins=4)
-        panel.set_title(write_title(found.role, found.label, columns), fontsize=9)
-        panel.set_xlabel(f"first component, {found.shown[0]:.0%} of the variance", fontsize=8)
-        panel.set_ylabel(f"second, {found.shown[1]:.0%}", fontsize=8)
-    names = [
-        f"{number} {textwrap.shorten(name, 60, placeholder=' ...')}" for number, name in enumerate(chosen.names, 1)
-    ]
-    handles = [
-        Line2D([], [], linestyle="", marker=style["marker"], color=style["color"], label=name)
-        for name, style in zip(names, styles, strict=True)
-    ]
-    if (chosen.codes < 0).any():
-        handles.append(Line2D([], [], linestyle="", marker=".", color=_LIGHT, label=OTHERS))
-    longest = max(map(len, [*names, OTHERS]))
-    figure.legend(
-        handles=handles,
-        loc="outside lower center",
-        ncols=max(1, min(4, 110 // (longest + 6))),
-        fontsize=8,
-        frameon=False,
-    )
+        panel.locator_params(nbins=5)
+        panel.set_title(write_title(found.role, found.label, columns))
+        panel.set_xlabel(f"first component, {found.shown[0]:.0%} of the variance")
+        panel.set_ylabel(f"second component, {found.shown[1]:.0%}")
+    left = panels.flat[len(maps) :]
+    for panel in left:
+        panel.set_axis_off()
+        panel.legend(handles=handles, loc="center")
+    if not len(left):
+        figure.legend(handles=handles, loc="outside lower center", ncols=across)
     return figure

@@ -6,7 +6,8 @@ from typing import Any
 
 from raylab.base.counts import FEWEST, show_count
 from raylab.job.jobs import dump_yaml
-from raylab.report.parts import Code, MissingError, Part, Section, Study, Table, name_arm
+from raylab.job.settings import label_values
+from raylab.report.parts import Code, MissingError, Part, Section, Study, Table, ask, name_arm
 from raylab.results.queries import open_tables
 from raylab.results.ranking import BASELINE
 from raylab.results.tables import SETTING_COLUMNS
@@ -18,32 +19,31 @@ _WORST = ("problem", "look", "ok")
 
 def tell_hygiene(study: Study) -> Section:
     """The checks of the corpus, the worst first: shares, and counts of rows from 10 on."""
-    found = open_tables(study.results, "hygiene", study.job.name).execute(
+    connection = open_tables(study.results, "hygiene", study.job.name)
+    rows = ask(
+        connection,
         """
-        select verdict, check_name, table_name, split, "class", num_rows, num_checked, share, value, look_above,
-            problem_above
+        select verdict, check_name as "check", table_name as "table", split, "class", num_rows as rows,
+            num_checked as checked, share, value, look_above, problem_above
         from hygiene where job = ? order by all
         """,
         [study.job.name],
-    ).fetchall()  # fmt: skip
-    if not found:
+    )
+    if not rows:
         raise MissingError("the corpus was not checked; 'raylab plan' and 'raylab run' do that")
-    names = ("verdict", "check", "table", "split", "class", "rows", "checked", "share", "value", "look_above",
-             "problem_above")  # fmt: skip
-    rows = [dict(zip(names, row, strict=True)) for row in found]
     rows.sort(key=lambda row: (_WORST.index(row["verdict"]), row["check"], -(row["value"] or 0)))
     counts = {verdict: sum(row["verdict"] == verdict for row in rows) for verdict in _WORST}
-    shown = [_hide_small(row) for row in rows]
-    poor = [row for row in shown if row["verdict"] != "ok"]
+    poor = len(rows) - counts["ok"]
     lead = [
-        f"{len(rows)} checks: {counts['problem']} problems, {counts['look']} to look at, {counts['ok']} ok. "
-        + ("A score can be read only beside its problems." if counts["problem"] else "")
+        f"{len(rows)} checks: {counts['problem']} problems, {counts['look']} to look at, {counts['ok']} ok."
+        + (" Scores are to be read beside the problems." if counts["problem"] else "")
     ]
-    columns = {"verdict": "verdict", "check": "check", "table": "table", "split": "split", "class": "class",
-               "rows": "rows", "share": "share", "value": "value", "problem_above": "problem above"}  # fmt: skip
-    table = Table("hygiene", "Checks that are not ok, the worst first", poor or shown[:5], columns)
-    if not poor:
-        table = table._replace(title="Checks, all ok (the first five)")
+    columns = {
+        "verdict": "verdict", "check": "check", "table": "table", "split": "split", "class": "class", "rows": "rows",
+        "share": "share", "value": "value", "problem_above": "problem above",
+    }  # fmt: skip
+    title = "Checks that are not ok, the worst first" if poor else "Checks, all of them ok"
+    table = Table("hygiene", title, [_hide_small(row) for row in rows], columns, shown=min(poor, 30) or 5)
     about = "What each check counts, why it matters and what to do is printed by 'raylab plan'. No text is in it."
     return Section("hygiene", "Corpus hygiene", lead, [table, about])
 
@@ -60,36 +60,46 @@ def _hide_small(row: Row) -> Row:
 def tell_cost(study: Study) -> Section:
     """What the job took, by arm, and what shared stages saved."""
     connection = open_tables(study.results, "trials stages", study.job.name)
-    found = connection.execute(
+    found = ask(
+        connection,
         f"""
-        select t.arm, count(*), count(*) filter (where t.status = 'complete'), sum(t.wall_seconds),
-            sum(t.gpu_seconds), sum(t.num_tokens)::bigint, sum(t.flops), coalesce(sum(u.stages), 0)::bigint,
-            coalesce(sum(u.reused), 0)::bigint, coalesce(sum(u.saved), 0.0), max(t.peak_memory_bytes)
+        select t.arm, count(*) as trials, count(*) filter (where t.status = 'complete') as complete,
+            sum(t.wall_seconds) as wall_seconds, sum(t.gpu_seconds) as gpu_seconds,
+            sum(t.num_tokens)::bigint as tokens, sum(t.flops) as flops, coalesce(sum(u.stages), 0)::bigint as stages,
+            coalesce(sum(u.reused), 0)::bigint as reused, coalesce(sum(u.saved), 0.0) as saved_seconds,
+            max(t.peak_memory_bytes) as peak_memory_bytes
         from trials t left join (
             select trial_id, count(*) as stages, count(*) filter (where reused) as reused, sum(saved_seconds) as saved
             from stages where job = $1 group by trial_id
         ) u using (trial_id)
-        where t.job = $1 and t.arm not like '{BASELINE}%' group by t.arm order by 4 desc, 1
+        where t.job = $1 and t.arm not like '{BASELINE}%' group by t.arm order by wall_seconds desc, t.arm
         """,
         [study.job.name],
-    ).fetchall()  # fmt: skip
-    names = ("arm", "trials", "complete", "wall_seconds", "gpu_seconds", "tokens", "flops", "stages", "reused",
-             "saved_seconds", "peak_memory_bytes")  # fmt: skip
-    rows = [dict(zip(names, row, strict=True)) for row in found]
-    rows = [{"label": name_arm(study, row["arm"])} | row for row in rows]
-    kinds = connection.execute(
+    )
+    searched = [f'any_value("{name}") as "{name}"' for name in study.job.search.space]
+    settings = ask(
+        connection, f"select {', '.join(['arm', *searched])} from trials where job = ? group by arm", [study.job.name]
+    )
+    # Arms of a search that were not confirmed have no label of a ranking.
+    labels = {row.pop("arm"): label_values(row) for row in settings}
+    rows = [{"label": study.arms.labels.get(row["arm"]) or labels[row["arm"]] or row["arm"]} | row for row in found]
+    kinds = ask(
+        connection,
         """
         select kind, count(*) as used, count(*) filter (where reused) as reused,
             sum(wall_seconds) filter (where not reused) as wall_seconds, sum(saved_seconds) as saved_seconds
-        from stages where job = ? group by kind order by 4 desc nulls last, 1
+        from stages where job = ? group by kind order by wall_seconds desc nulls last, kind
         """,
         [study.job.name],
-    ).to_arrow_table().to_pylist()  # fmt: skip
-    states = connection.execute(
-        f"""select phase, status, count(*) as trials from trials
-        where job = ? and arm not like '{BASELINE}%' group by all order by all""",
+    )
+    states = ask(
+        connection,
+        f"""
+        select phase, status, count(*) as trials from trials
+        where job = ? and arm not like '{BASELINE}%' group by all order by all
+        """,
         [study.job.name],
-    ).to_arrow_table().to_pylist()  # fmt: skip
+    )
     wall, gpu, saved = (
         sum(row[name] or 0.0 for row in rows) for name in ("wall_seconds", "gpu_seconds", "saved_seconds")
     )
@@ -123,14 +133,15 @@ def tell_provenance(study: Study) -> Section:
     """Which data, code and devices made the ranked arms, their trials, the job file, and how to get a row again."""
     job = study.job
     listed = ", ".join(f't."{name}"' for name in SETTING_COLUMNS)
-    found = open_tables(study.results, "trials", job.name).execute(
+    found = ask(
+        open_tables(study.results, "trials", job.name),
         f"""
         select trial_id, arm, seed, phase, status, data_digest, code_version, device, attempts,
             strftime(started_at, '%Y-%m-%d %H:%M') as started, {listed}
         from trials t where job = ? and arm not like '{BASELINE}%' order by arm, seed
         """,
         [job.name],
-    ).to_arrow_table().to_pylist()  # fmt: skip
+    )
     rows = [row for row in found if row["arm"] in study.arms.rows and row["status"] == "complete"]
     if not rows:
         raise MissingError("no ranked arm has a complete trial")
@@ -164,7 +175,13 @@ def tell_provenance(study: Study) -> Section:
 def tell_again(study: Study, row: Row) -> str:
     """The command that runs one trial's arm and seed again, from the job file kept beside the results."""
     job = study.job
-    changes = {"name": f"{job.name}-again", "search": {"space": {}, "design": "grid", "seeds": [row["seed"]]}}
+    search: Row = {"design": "grid", "seeds": [row["seed"]]}
+    # What a search has and a single arm refuses; null takes it away.
+    left = ("space", "num_arms", "confirm", "early_stopping", "sampler_seed")
+    search |= {name: None for name in left if name in job.search.model_fields_set}
+    changes: Row = {"name": f"{job.name}-again", "search": search}
+    if job.analysis.primary is not None:
+        changes["analysis"] = None
     for name in job.search.space:
         if row[name] is not None:
             value = row[name]

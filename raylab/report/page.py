@@ -90,7 +90,8 @@ def _write_table(table: Table, folder: Path) -> dict[str, Any]:
     columns = [
         {"heading": heading, "number": all(_is_number(row[key]) for row in table.rows)} for key, heading in keys.items()
     ]
-    rows = [[show(row[key]) for key in keys] for row in table.rows[: table.shown]]
+    listed = [show_column([row[key] for row in table.rows[: table.shown]]) for key in keys]
+    rows = list(zip(*listed, strict=True))
     return {
         "title": table.title, "columns": columns, "rows": rows, "file": file, "left": len(table.rows) - len(rows),
     }  # fmt: skip
@@ -110,8 +111,18 @@ def _is_number(value: Any) -> bool:
     return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
 
 
-def show(value: Any) -> str:
-    """A value of a table for people."""
+def show_column(values: Sequence[Any]) -> list[str]:
+    """A column for people: fractions of its numbers as far as they tell something, of the same length."""
+    sizes = [abs(value) for value in values if isinstance(value, float) and value == value and value != 0]
+    fixed = bool(sizes) and max(sizes) < 10_000 and min(sizes) >= 1e-3
+    places = (
+        next((places for limit, places in ((10, 3), (100, 2), (10_000, 1)) if max(sizes) < limit), 0) if fixed else 0
+    )
+    return [f"{value:.{places}f}" if fixed and isinstance(value, float) and value == value else _show(value)
+            for value in values]  # fmt: skip
+
+
+def _show(value: Any) -> str:
     if value is None or value != value:
         return ""
     if isinstance(value, bool):
@@ -119,5 +130,5 @@ def show(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+        return f"{value:,.0f}" if 10_000 <= abs(value) < 1e7 else f"{value:.3g}"
     return str(value)

@@ -8,6 +8,7 @@ from raylab.job.specs import Job, Target
 from raylab.statistics.analysis import Arms
 
 if TYPE_CHECKING:
+    import duckdb
     from matplotlib.figure import Figure
 
 Row = Mapping[str, Any]
@@ -71,6 +72,13 @@ class Section(NamedTuple):
 
 class MissingError(Exception):
     """A section has nothing to show; the reason is told at the end of the page."""
+
+
+def ask(connection: "duckdb.DuckDBPyConnection", sql: str, values: Sequence[Any] = ()) -> list[dict[str, Any]]:
+    """The rows of a query, by the names of their columns."""
+    found = connection.execute(sql, list(values))
+    names = [name for name, *_ in found.description]
+    return [dict(zip(names, row, strict=True)) for row in found.fetchall()]
 
 
 def name_arm(study: Study, arm: str) -> str:

@@ -79,5 +79,5 @@ def write_title(role: str, label: str, panels: int) -> str:
     """A panel's title where so many panels stand side by side: the role, and under it what sets the arm apart."""
     if label in role:
         return role
-    lines = textwrap.wrap(label, 78 // panels, break_long_words=True)
-    return "\n".join([role, *lines[:2]]) + (" ..." if len(lines) > 2 else "")
+    lines = textwrap.wrap(label, 88 // panels, break_long_words=True)
+    return "\n".join([role, *lines[:3]]) + (" ..." if len(lines) > 3 else "")

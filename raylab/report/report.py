@@ -4,12 +4,15 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
+import matplotlib
+
 import raylab
 from raylab.base.mistakes import JobError
 from raylab.job.settings import resolve_target
 from raylab.job.specs import Job
 from raylab.report.associations import tell_associations
 from raylab.report.conclusions import tell_arms, tell_question
+from raylab.report.drawing import STYLE
 from raylab.report.failures import tell_failures
 from raylab.report.grid import tell_grid
 from raylab.report.maps import tell_maps
@@ -43,12 +46,13 @@ def write_report(results: Path, job: Job, folder: Path) -> Path:
     if not study.arms.rows:
         raise JobError([f"report: no arm of {job.name} has run to the end yet; 'raylab status {job.name}' tells more"])
     sections, left_out = [], []
-    for name, tell in SECTIONS.items():
-        try:
-            sections.append(tell(study))
-        except MissingError as reason:
-            left_out.append(f"{name.capitalize()}: {reason}")
-    if left_out:
-        sections.append(Section("left-out", "Not in this report", (), left_out))
     now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    return write_page(sections, f"{job.name}: report", f"raylab {raylab.__version__}, {now}", folder)
+    with matplotlib.rc_context(STYLE):
+        for name, tell in SECTIONS.items():
+            try:
+                sections.append(tell(study))
+            except MissingError as reason:
+                left_out.append(f"{name.capitalize()}: {reason}.")
+        if left_out:
+            sections.append(Section("left-out", "Not in this report", (), left_out))
+        return write_page(sections, f"{job.name}: report", f"raylab {raylab.__version__}, {now}", folder)

@@ -137,12 +137,12 @@ def _draw_cosines(task: str, found: Sequence[tuple[Pick, Space]]) -> list[Part]:
         panel.stairs(shares["between"], edges, color="black", linewidth=1.4, label="between classes")
         if None not in all_pairs:
             panel.stairs(all_pairs, edges, color="black", linewidth=1.0, linestyle=":", label="all pairs")
-        panel.set_title(write_title(pick.role, pick.label, len(panels_of)), fontsize=9)
+        panel.set_title(write_title(pick.role, pick.label, len(panels_of)))
         panel.set_xlabel("cosine")
         panel.set_xlim(min(filled) - BIN_WIDTH, min(1.0, max(filled) + 2 * BIN_WIDTH))
     panels[0, 0].set_ylabel("share of the pairs")
     handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
     return [Plot("cosines", f"Cosines of pairs of {task}'s validation rows", "; ".join(told) + ".", figure, rows)]
 
 
@@ -171,7 +171,7 @@ def _draw_components(task: str, found: Sequence[tuple[Pick, Space]]) -> list[Par
             _draw_lines(panels[line, column], here, measure)
             if column == 0:
                 panels[line, column].set_ylabel(title)
-        panels[0, column].set_title(GRAPHS[graph][0], fontsize=9)
+        panels[0, column].set_title(GRAPHS[graph][0])
         at = sorted({row["parameter"] for row in rows if row["graph"] == graph})
         if graph == "density":
             panels[-1, column].set_xscale("log")
@@ -183,7 +183,7 @@ def _draw_components(task: str, found: Sequence[tuple[Pick, Space]]) -> list[Par
     if most > 20:
         panels[0, 0].set_yscale("log")
     handles = sorted(panels[0, 0].get_legend_handles_labels()[0], key=lambda line: line.get_label() == GAUSSIAN)
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=4)
     return [
         Plot("components", f"Components of graphs over {task}'s validation rows", _tell_components(rows), figure, rows)
     ]
