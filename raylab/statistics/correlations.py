@@ -34,14 +34,13 @@ class Correlation(NamedTuple):
     verdict: str
 
 
-def spearman(x: Floats, y: Floats) -> Floats:
-    """Spearman's rho of each row of x[R, N] and y[R, N], ties at mean ranks; NaN where one is constant."""
-    a, b = (stats.rankdata(values, axis=1) for values in (x, y))
-    a, b = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
-    scale = np.sqrt((a * a).sum(1) * (b * b).sum(1))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        found: Floats = np.where(scale > 0, (a * b).sum(1) / scale, np.nan)
-    return np.clip(found, -1.0, 1.0)
+def spearman(x: Floats, y: Floats) -> float:
+    """Spearman's rho of x[N] and y[N], ties at mean ranks; NaN where one is constant, or for under two."""
+    if len(x) < 2:
+        return math.nan
+    a, b = (_rank(np.asarray(values, dtype=np.float64).tobytes()) for values in (x, y))
+    scale = math.sqrt((a * a).sum() * (b * b).sum())
+    return min(1.0, max(-1.0, float((a * b).sum()) / scale)) if scale > 0 else math.nan
 
 
 @functools.lru_cache(4)
@@ -77,17 +76,15 @@ def _rank(values: bytes) -> Floats:
 
 def correlate_arms(x: Floats, y: Floats, scope: str = ALL) -> Correlation:
     """Spearman's rho of x[N] and y[N], with a percentile interval over 1,000 resamples of the arms, of a fixed seed."""
-    num, keys = len(x), [np.asarray(values, dtype=np.float64).tobytes() for values in (x, y)]
-    a, b = (_rank(key) for key in keys)
-    scale = math.sqrt((a * a).sum() * (b * b).sum())
-    rho = min(1.0, max(-1.0, float((a * b).sum()) / scale)) if scale > 0 else math.nan
+    num, rho = len(x), spearman(x, y)
     if num < FEWEST_ARMS:
         return Correlation(
             scope, num, rho, math.nan, math.nan, f"too few arms: {FEWEST_ARMS} are needed for an interval"
         )
     if math.isnan(rho):
         return Correlation(scope, num, rho, math.nan, math.nan, "does not vary over the arms")
-    resampled = np.einsum("rn,rn->r", *(_rank_resamples(key) for key in keys))
+    a, b = (_rank_resamples(np.asarray(values, dtype=np.float64).tobytes()) for values in (x, y))
+    resampled = np.einsum("rn,rn->r", a, b)
     low, high = (float(end) for end in np.percentile(resampled[~np.isnan(resampled)], [2.5, 97.5]))
     verdict = "covers 0" if low <= 0 <= high else "rises with the score" if rho > 0 else "falls with the score"
     return Correlation(scope, num, rho, low, high, verdict)
