@@ -42,10 +42,10 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run_job(make_job, folder):
-    """`run_job(results, ["mlm", "none"])`: a job with an arm an objective, run to the end."""
+    """`run_job(results, ["mlm", "none"])`: a job with an arm an objective, run to the end; more are `searched`."""
     table = {"path": str(folder / "notes.parquet"), "text": "text", "group": "patient", "id": "note_id"}
 
-    def run(results, objectives):
+    def run(results, objectives, searched=None):
         job = make_job("mlm", {
             "corpus.documents": table, "corpus.tasks": {"kind": {**table, "label": "kind"}},
             "corpus.split": {"train": 0.5, "validation": 0.4, "test": 0.1}, "evaluate.tasks": ["kind"],
@@ -53,6 +53,8 @@ def run_job(make_job, folder):
         })  # fmt: skip
         preparation = prepare(job, results)
         specs = [make_spec(preparation, {"pretrain.objective": name}, 0, "fixed") for name in objectives]
+        for name, seed in (searched or {}).items():
+            specs.append(make_spec(preparation, {"pretrain.objective": name}, seed, "search"))
         for spec in specs:
             assert run_trial(spec)["status"] == "complete"
         target = default_target(job)
@@ -144,6 +146,17 @@ def test_without_the_start_the_first_rung_stands_for_it_and_it_is_said(run_job, 
     assert first.startswith(f"{last}, after")
     assert first.endswith("of its tokens")
     assert any("start was not measured" in part for part in section.parts if isinstance(part, str))
+
+
+def test_a_start_that_was_only_searched_is_shown_of_its_own_seed(run_job, tmp_path):
+    study, preparation, [_, untrained] = run_job(tmp_path, ["mlm"], {"none": 3})
+    plot, spaces = find_plot(tell_maps(study))
+    assert [(role, row["seed"]) for role, row in spaces.items()] == [("start", 3), ("base and best", 0)]
+    assert plot.figure.axes[0].get_title() == "start\nsearched, not confirmed, seed 3"
+    x, names = embed_validation(study, preparation, untrained)
+    centred = x[names != RARE] - x[names != RARE].mean(axis=0)
+    s = np.linalg.svd(centred, compute_uv=False)
+    assert spaces["start"]["shown"] == pytest.approx((s[:2] ** 2).sum() / (s**2).sum())
 
 
 def test_what_is_gone_is_left_out_or_missing(run_job, tmp_path):

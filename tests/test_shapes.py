@@ -27,13 +27,14 @@ def make_embeddings(objective, seed):
     return (rng.normal(size=(120, 16)) + 1 + apart * np.eye(16)[LABELS]).astype(np.float32)
 
 
-def write_trials(folder, job, arms, *, with_geometry=True, num_rungs=1):
-    for objective in arms:
+def write_trials(folder, job, arms, *, with_geometry=True, num_rungs=1, searched=()):
+    for objective in (*arms, *searched):
         settings = list_settings(with_settings(job, {"pretrain.objective": objective}))
         for seed in SEEDS:
             trial = f"{objective}-{seed}"
             rungs = 1 if objective == "none" else num_rungs
-            row = {"arm": objective, "seed": seed, "phase": "fixed", "status": "complete", "rung": rungs,
+            phase = "search" if objective in searched else "fixed"
+            row = {"arm": objective, "seed": seed, "phase": phase, "status": "complete", "rung": rungs,
                    "num_rungs": rungs, "started_at": datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)}  # fmt: skip
             write_rows(folder, job.name, "trials", trial, [settings | row])
             found = {"task": "severity", "split": "validation"}
@@ -157,6 +158,15 @@ def test_without_an_untrained_arm_the_first_rung_is_shown(make_study):
     assert any("start was not measured" in part for part in section.parts if isinstance(part, str))
     first = [row["within"] for row in rows if row["encoder"] == "best, at its first rung"]
     assert first != [row["within"] for row in rows if row["encoder"] == "best"]
+
+
+def test_a_start_that_was_only_searched_is_shown_but_not_ranked(make_study):
+    parts = find_parts(tell_shapes(make_study(["mlm", "declutr"], num_rungs=2, searched=["none"])))
+    assert list(dict.fromkeys(row["encoder"] for row in parts["cosines"].rows)) == ["start", "base", "best"]
+    pairs = [cosines("none", seed) for seed in SEEDS]
+    [row] = [row for row in parts["geometry"].rows if row["metric"] == "cosine_within"]
+    assert row["start"] == pytest.approx(np.mean([c[same].mean() for c, same in pairs]), abs=1e-5)
+    assert len(parts["geometry-arms"].rows) == 2
 
 
 def test_one_arm_alone_is_shown_once(make_study, tmp_path):

@@ -17,8 +17,7 @@ from raylab.job.blocks import Evaluate
 from raylab.report.drawing import list_styles, start_figure
 from raylab.report.parts import MissingError, Plot, Row, Section, Study, Table
 from raylab.report.picks import START, Pick, list_best, pick_encoders, tell_picks, write_title
-from raylab.results.queries import list_ranked
-from raylab.results.tables import read_rows, read_trial
+from raylab.results.tables import list_summaries, read_rows, read_trial
 from raylab.store.stages import list_stages, name_stage, open_stage, peek_key, peek_stage
 from raylab.training.rungs import name_start
 
@@ -36,19 +35,22 @@ _LIGHT = "#d9d9d9"
 
 
 class Space(NamedTuple):
-    """The kept embeddings of an encoder: as what it is shown, its arm, their stage, and the key of the evaluation."""
+    """The kept embeddings of an encoder: as what it is shown, its arm, their stage, and the key of its evaluation.
+
+    `between`: of a rung on the way.
+    """
 
     role: str
     label: str
     stage_id: str
     evaluated: Mapping[str, Any]
+    between: bool = False
 
 
 class Map(NamedTuple):
     """A space as it is drawn: places [n, 2], the share of the variance on each axis, and what lies between classes."""
 
-    role: str
-    label: str
+    space: Space
     places: Floats
     shown: tuple[float, float]
     between: float
@@ -78,20 +80,18 @@ def tell_maps(study: Study) -> Section:
     for space in spaces:
         path, places = _find_file(study, space.stage_id), _find_places(study, space, rows, chosen)
         if path is not None and places is not None:
-            maps.append(
-                project(space.role, space.label, np.load(path, mmap_mode="r")[places].astype(np.float64), chosen.codes)
-            )
+            maps.append(project(space, np.load(path, mmap_mode="r")[places].astype(np.float64), chosen.codes))
     if not maps:
         raise MissingError(f"which rows of {task} the kept embeddings are of can't be told; run the job again")
     points: list[Row] = [
-        {"encoder": found.role, "class": chosen.names[code] if code >= 0 else OTHERS,
+        {"encoder": found.space.role, "class": chosen.names[code] if code >= 0 else OTHERS,
          "x": float(f"{x:.4g}"), "y": float(f"{y:.4g}")}
         for found in maps for code, (x, y) in zip(chosen.codes.tolist(), found.places.tolist(), strict=True)
     ]  # fmt: skip
     # Not in the order of the corpus.
     points.sort(key=lambda row: tuple(row.values()))
-    seed, chance = spaces[-1].evaluated["seed"], (len(chosen.names) - 1) / max(1, int((chosen.codes >= 0).sum()) - 1)
-    told = "; ".join(f"{found.role} {found.between:.1%}" for found in maps)
+    chance = (len(chosen.names) - 1) / max(1, int((chosen.codes >= 0).sum()) - 1)
+    told = "; ".join(f"{found.space.role} {found.between:.1%}" for found in maps)
     lead = [
         f"Of the variance of {task}'s validation embeddings this share lies between the {len(chosen.names)} classes "
         f"shown, over all dimensions: {told} (by chance {chance:.1%})."
@@ -107,17 +107,18 @@ def tell_maps(study: Study) -> Section:
                "shown": "variance shown", "between_map": "between classes, map",
                "between": "between classes, all dimensions", "chance": "by chance"}  # fmt: skip
     table: list[Row] = [
-        {"encoder": found.role, "seed": seed, "points": len(found.places), "dimensions": found.dimensions,
-         "shown": sum(found.shown), "between_map": found.between_map, "between": found.between, "chance": chance}
+        {"encoder": found.space.role, "seed": found.space.evaluated["seed"], "points": len(found.places),
+         "dimensions": found.dimensions, "shown": sum(found.shown), "between_map": found.between_map,
+         "between": found.between, "chance": chance}
         for found in maps
     ]  # fmt: skip
-    title = f"Validation embeddings of {task} by class, seed {seed}"
+    title = f"Validation embeddings of {task} by class, seed {maps[-1].space.evaluated['seed']}"
     figure = Plot("maps", title, _describe(maps, chosen), _draw(maps, chosen), points, raster=True)
     few = (
         f"Light grey: classes with under {FEWEST} validation rows, which are not named, those after the "
         f"{MOST_CLASSES} largest, and rows whose class is not known."
     )
-    shown = [Pick(found.role, found.label, "") for found in maps]
+    shown = [Pick(found.space.role, found.space.label, "") for found in maps]
     notes = [tell_picks(shown), caution, *([few] if (chosen.codes < 0).any() else [])]
     return Section(
         "maps", "Maps of the embeddings", lead, [*notes, figure, Table("spaces", "Spaces drawn", table, columns)]
@@ -125,29 +126,43 @@ def tell_maps(study: Study) -> Section:
 
 
 def _find_spaces(study: Study, task: str) -> list[Space]:
-    """The spaces to draw, each once, the best arm's last, all of one seed and of the same rows."""
-    ranked = list_best(study)
-    picks = [pick for pick in pick_encoders(study, ranked) if pick.rung is None]
+    """The spaces to draw, each once: the start, then the base and the best arm, of one seed and of the same rows.
+
+    Where no start of that seed is kept, one of another seed is shown; else rungs on the way stand for it.
+    """
+    picks = [pick for pick in pick_encoders(study, list_best(study)) if pick.rung is None]
     trials: dict[str, dict[int, str]] = {}
-    for row in list_ranked(study.results, study.job.name):
-        trials.setdefault(row["arm"], {})[row["seed"]] = row["trial_id"]
-    shared = set.intersection(*(set(trials[pick.arm]) for pick in picks)) or set(trials[ranked[0]])
+    for row in list_summaries(study.results, study.job.name):
+        if row["status"] == "complete" and (row["phase"] in ("fixed", "confirm") or row["arm"] not in study.arms.rows):
+            trials.setdefault(row["arm"], {})[row["seed"]] = row["trial_id"]
+    trained = [pick for pick in picks if START not in pick.role]
+    shared = set.intersection(*(set(trials[pick.arm]) for pick in trained or picks)) or set(trials[picks[-1].arm])
+    seed = min(shared)
+    start = next((pick for pick in picks if START in pick.role), None)
+    known = start if start is not None and start.arm in study.arms.rows else Pick(START, "before pre-training", "")
     found: dict[str, Space] = {}
-    for pick in picks:
-        if (trial_id := trials[pick.arm].get(min(shared))) is not None:
-            for space in _list_kept(study, pick, trial_id, task):
+    for pick in trained:
+        if seed in trials[pick.arm]:
+            for space in _list_kept(study, pick, trials[pick.arm][seed], task, known):
                 taken = any(other.role == space.role for other in found.values())
                 found.setdefault(
                     space.stage_id, space._replace(role=f"{space.role} of {pick.role}") if taken else space
                 )
-    spaces = list(found.values())
+    if start is not None and not any(START in space.role for space in found.values()):
+        own = trials[start.arm]
+        near = seed if seed in own else min(own)
+        other = start if near == seed else start._replace(label=f"{start.label}, seed {near}")
+        found |= {space.stage_id: space for space in _list_kept(study, other, own[near], task, known)}
+    if any(START in space.role for space in found.values()):
+        found = {stage_id: space for stage_id, space in found.items() if not space.between}
+    spaces = sorted(found.values(), key=lambda space: START not in space.role)
     return [space for space in spaces if space.evaluated["rows"] == spaces[-1].evaluated["rows"]]
 
 
-def _list_kept(study: Study, pick: Pick, trial_id: str, task: str) -> list[Space]:
+def _list_kept(study: Study, pick: Pick, trial_id: str, task: str, start: Pick) -> list[Space]:
     """The kept embeddings of a trial on a task, before and after.
 
-    Before is the start, if any job has embedded it on the same rows; else the first rung that was measured.
+    Before is the start, shown as `start`, if any job has embedded it on the same rows; else the first rung measured.
     """
     results, name = study.results, study.job.name
     trial, tokens = read_trial(results, name, trial_id), {}
@@ -165,20 +180,21 @@ def _list_kept(study: Study, pick: Pick, trial_id: str, task: str) -> list[Space
     if last is None:
         return []
     after = [last] if _find_file(study, last.stage_id) else []
-    start = next((encoder for encoder, count in tokens.items() if count == 0), None)
-    if start is None or not total:
+    first = next((encoder for encoder, count in tokens.items() if count == 0), None)
+    if first is None or not total:
         return after
-    key, origin = peek_key(results, last.stage_id), peek_key(results, start)
+    key, origin = peek_key(results, last.stage_id), peek_key(results, first)
     if key is not None and origin is not None:
-        for encoder in (start, name_start(origin["encoder"])):
+        for encoder in (first, name_start(origin["encoder"])):
             stage_id = name_stage("embed", key | {"encoder": encoder})
             if _find_file(study, stage_id):
-                return [Space(START, "before pre-training", stage_id, last.evaluated), *after]
+                return [Space(start.role, start.label, stage_id, last.evaluated), *after]
     measured = sorted((tokens[encoder], encoder) for encoder in embedded if 0 < tokens.get(encoder, 0) < total)
     for count, encoder in measured[:1]:
         space = embedded[encoder]
         if _find_file(study, space.stage_id):
-            return [space._replace(role=f"{pick.role}, after {count / total:.0%} of its tokens"), *after]
+            role = f"{pick.role}, after {count / total:.0%} of its tokens"
+            return [space._replace(role=role, between=True), *after]
     return after
 
 
@@ -240,7 +256,7 @@ def choose_rows(labels: NDArray[Any], names: Sequence[str]) -> Classes:
     return Classes(kept, codes[kept], [titles[code] for code in largest])
 
 
-def project(role: str, label: str, x: Floats, codes: NDArray[np.int64]) -> Map:
+def project(space: Space, x: Floats, codes: NDArray[np.int64]) -> Map:
     """Rows x [n, D], made of length 1, on their first two principal components; codes [n], -1 for no class shown."""
     from sklearn.decomposition import PCA
 
@@ -251,7 +267,7 @@ def project(role: str, label: str, x: Floats, codes: NDArray[np.int64]) -> Map:
         places = pca.fit_transform(x)
     places = np.pad(places, ((0, 0), (0, 2 - places.shape[1])))
     first, second = (float(share) for share in [*np.nan_to_num(pca.explained_variance_ratio_), 0.0][:2])
-    return Map(role, label, places, (first, second), share_between(x, codes), share_between(places, codes), x.shape[1])
+    return Map(space, places, (first, second), share_between(x, codes), share_between(places, codes), x.shape[1])
 
 
 def share_between(x: Floats, codes: NDArray[np.int64]) -> float:
@@ -270,8 +286,8 @@ def _describe(maps: Sequence[Map], chosen: Classes) -> str:
     """What the maps show, for who does not see them."""
     classes = ", ".join(f"{number} {name}" for number, name in enumerate(chosen.names, 1))
     told = "; ".join(
-        f"{found.role}: {sum(found.shown):.0%} of the variance is shown, {found.between_map:.0%} of what is shown "
-        "lies between the classes" for found in maps
+        f"{found.space.role}: {sum(found.shown):.0%} of the variance is shown, {found.between_map:.0%} of that lies "
+        "between the classes" for found in maps
     )  # fmt: skip
     return f"{len(chosen.rows):,} points a map. {told}. Classes, the largest first: {classes}."
 
@@ -316,7 +332,7 @@ def _draw(maps: Sequence[Map], chosen: Classes) -> "Figure":
                        path_effects=[withStroke(linewidth=3, foreground="white")])  # fmt: skip
         panel.set_aspect("equal", adjustable="datalim")
         panel.locator_params(nbins=5)
-        panel.set_title(write_title(found.role, found.label, columns))
+        panel.set_title(write_title(found.space.role, found.space.label, columns))
         panel.set_xlabel(f"first component, {found.shown[0]:.0%} of the variance")
         panel.set_ylabel(f"second component, {found.shown[1]:.0%}")
     left = panels.flat[len(maps) :]

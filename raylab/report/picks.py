@@ -4,11 +4,14 @@ import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from raylab.job.settings import SETTINGS
 from raylab.report.parts import MissingError, Study, name_arm, tell_cell
+from raylab.results.queries import open_tables
 from raylab.results.ranking import BASELINE, rank_arms
 
 START, BASE, BEST = "start", "base", "best"
 FIRST = "best, at its first rung"
+SEARCHED = "searched, not confirmed"
 
 
 class Pick(NamedTuple):
@@ -35,12 +38,12 @@ def list_best(study: Study) -> list[str]:
 def pick_encoders(study: Study, ranked: list[str]) -> list[Pick]:
     """The start of the best arm, the base arm and the best arm, each once, of arms that are `ranked` best first.
 
-    The start is measured where an arm without pre-training starts from the same encoder; else the best arm after its
-    first rung stands for it, where it has several.
+    The start is measured where an arm without pre-training starts from the same encoder, ranked or only searched; else
+    the best arm after its first rung stands for it, where it has several.
     """
     best = ranked[0]
     roles: dict[tuple[str, int | None], list[str]] = {}
-    start = find_start(study, best, ranked)
+    start = find_start(study, best)
     if start is not None:
         roles[start, None] = [START]
     elif study.arms.rows[best]["num_rungs"] > 1:
@@ -48,17 +51,27 @@ def pick_encoders(study: Study, ranked: list[str]) -> list[Pick]:
     if study.arms.base in ranked:
         roles.setdefault((str(study.arms.base), None), []).append(BASE)
     roles.setdefault((best, None), []).append(BEST)
-    return [Pick(" and ".join(names), name_arm(study, arm), arm, rung) for (arm, rung), names in roles.items()]
+    return [
+        Pick(" and ".join(names), name_arm(study, arm) if arm in study.arms.rows else SEARCHED, arm, rung)
+        for (arm, rung), names in roles.items()
+    ]
 
 
-def find_start(study: Study, arm: str, ranked: list[str]) -> str | None:
-    """The ranked arm that is another's start, without pre-training."""
-    rows = study.arms.rows
-    for other in ranked:
-        same = all(rows[other][name] == rows[arm][name] for name in rows[arm] if name.startswith("encoder."))
-        if same and rows[other]["pretrain.objective"] == "none":
-            return other
-    return None
+def find_start(study: Study, arm: str) -> str | None:
+    """The arm that is another's start, without pre-training: a ranked one, else one with a complete trial."""
+    own = study.arms.rows[arm]
+    settings = {name: own[name] for name in SETTINGS if name.startswith("encoder.")}
+    alike = " and ".join(f'"{name}" is not distinct from ?' for name in settings)
+    rows = open_tables(study.results, "trials", study.job.name).execute(
+        f"""
+        select distinct arm from trials
+        where job = ? and status = 'complete' and "pretrain.objective" = 'none' and {alike}
+            and arm not like '{BASELINE}%' order by arm
+        """,
+        [study.job.name, *settings.values()],
+    ).fetchall()  # fmt: skip
+    found = [name for (name,) in rows]
+    return next((name for name in found if name in study.arms.rows), next(iter(found), None))
 
 
 def tell_picks(picks: Sequence[Pick]) -> str:

@@ -3,6 +3,7 @@
 All from the table `geometry`: validation, last rung, mean over the seeds of ranked trials.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from raylab.measures.definitions import BIN_WIDTH, BINS, DEFINITIONS
 from raylab.report.drawing import list_styles, start_figure
 from raylab.report.parts import MissingError, Part, Plot, Row, Section, Study, Table, name_arm
 from raylab.report.picks import Pick, list_best, pick_encoders, tell_picks, write_title
-from raylab.results.queries import list_ranked, open_tables
+from raylab.results.queries import open_tables
 
 Key = tuple[str, float | None]
 GRAPHS = {
@@ -51,7 +52,7 @@ def tell_shapes(study: Study) -> Section:
     task = study.cell["task"]
     ranked = list_best(study)
     picks = pick_encoders(study, ranked)
-    spaces = read_spaces(study, task)
+    spaces = read_spaces(study, task, [pick.arm for pick in picks])
     found = [(pick, spaces[pick.arm, pick.rung]) for pick in picks if (pick.arm, pick.rung) in spaces]
     if not found:
         raise MissingError(f"no ranked arm has geometry of {task}")
@@ -77,23 +78,27 @@ def tell_shapes(study: Study) -> Section:
     return Section("shapes", "Shape of the embedding spaces", lead, parts)
 
 
-def read_spaces(study: Study, task: str) -> dict[tuple[str, int | None], dict[Key, Measured]]:
-    """(arm, None for the last rung or 1 for the first of several) -> metric and parameter -> its mean over seeds."""
-    ranked = [row["trial_id"] for row in list_ranked(study.results, study.job.name)]
-    rows = open_tables(study.results, "trials geometry", study.job.name, ranked).execute(
+def read_spaces(study: Study, task: str, more: Sequence[str] = ()) -> dict[tuple[str, int | None], dict[Key, Measured]]:
+    """(arm, None for the last rung or 1 for the first of several) -> metric and parameter -> its mean over seeds.
+
+    Of `more` arms that are not ranked, all complete trials count.
+    """
+    arms = [*study.arms.rows, *more]
+    rows = open_tables(study.results, "trials geometry", study.job.name).execute(
         """
         select t.arm, if(s.rung = t.num_rungs, null, s.rung), s.metric, s.parameter,
             avg(s.value) filter (not isnan(s.value)), avg(s.reference) filter (not isnan(s.reference))
         from geometry s join trials t using (job, trial_id)
-        where job = ? and s.task = ? and s.split = 'validation' and (s.rung = t.num_rungs or s.rung = 1)
+        where job = ? and t.status = 'complete' and t.arm in (select unnest(?))
+            and (t.phase in ('fixed', 'confirm') or t.arm not in (select unnest(?)))
+            and s.task = ? and s.split = 'validation' and (s.rung = t.num_rungs or s.rung = 1)
         group by all order by all
         """,
-        [study.job.name, task],
+        [study.job.name, arms, list(study.arms.rows), task],
     ).fetchall()  # fmt: skip
     found: dict[tuple[str, int | None], dict[Key, Measured]] = {}
     for arm, rung, metric, parameter, value, reference in rows:
-        if arm in study.arms.rows:
-            found.setdefault((arm, rung), {})[metric, parameter] = Measured(value, reference)
+        found.setdefault((arm, rung), {})[metric, parameter] = Measured(value, reference)
     return found
 
 
@@ -192,11 +197,13 @@ def _draw_components(task: str, found: Sequence[tuple[Pick, Space]]) -> list[Par
 def _draw_lines(panel: Any, rows: Sequence[Row], measure: str) -> None:
     """A line an encoder; Gaussian vectors once, or for each encoder where their numbers differ."""
     drawn: list[list[float]] = []
-    for encoder, style in zip(dict.fromkeys(row["encoder"] for row in rows), list_styles(), strict=False):
+    # The first marks are the largest: where lines lie on each other, all show.
+    sizes = itertools.chain((8.0, 5.5), itertools.repeat(3.5))
+    for encoder, style, size in zip(dict.fromkeys(row["encoder"] for row in rows), list_styles(), sizes, strict=False):
         own = [row for row in rows if row["encoder"] == encoder]
         x = [row["parameter"] for row in own]
         values, gaussian = ([_or_nan(row[name]) for row in own] for name in (measure, f"{measure}_gaussian"))
-        panel.plot(x, values, color=style["color"], marker=style["marker"], markersize=4.5, linewidth=1.3,
+        panel.plot(x, values, color=style["color"], marker=style["marker"], markersize=size, linewidth=1.3,
                    label=encoder)  # fmt: skip
         if gaussian not in drawn and not all(map(math.isnan, gaussian)):
             panel.plot(x, gaussian, color="#8c8c8c", linestyle="--", linewidth=1.2,
