@@ -31,7 +31,7 @@ def tell_failures(study: Study) -> Section:
     lead = [
         (f"{len(shown)} of {len(arms)} arms show a signature of failure: {', '.join(told)}, counted by arm and task."
          if shown else f"None of {len(SIGNATURES)} signatures of failure was found in {len(arms)} arms.")
-        + (f" {unjudged} of {len(found)} could not be judged, as numbers that they need were not measured."
+        + (f" {unjudged:,} of {len(found):,} could not be judged, as numbers that they need were not measured."
            if unjudged else "")
     ]  # fmt: skip
     columns = {"signature": "signature", "found": "found", "not_judged": "not judged", "looked_at": "looked at",
@@ -44,7 +44,7 @@ def tell_failures(study: Study) -> Section:
     if rows:
         columns = {"settings": "arm", "task": "task", "signature": "signature", "found": "found",
                    "evidence": "evidence", "missing": "not measured"}  # fmt: skip
-        parts.append(Table("failures", "Found, or not judged", rows, columns))
+        parts.append(Table("failures", "Found, or not judged", rows, columns, shown=10))
     return Section("failures", "Signatures of failure", lead, parts)
 
 
