@@ -113,6 +113,20 @@ def test_importances_are_read_from_the_tables_for_each_target(make, tmp_path):
     }
 
 
+def test_equal_values_have_no_importances(make, tmp_path):
+    job = make(FLAT)
+    write_search(job, tmp_path, 20, lambda v: [0.5])
+    with pytest.raises(JobError, match="all arms of tiny have the same value"):
+        list_importances(tmp_path, job)
+    # Nor a part of the space whose arms are all alike.
+    job = make(CONDITIONAL)
+    found = [
+        (v, 0.0 if "pretrain.declutr.temperature" in v else v["pretrain.weight_decay"]) for v in draw_points(job, 60)
+    ]
+    rows = compute_importances(job, found, mode="max", target="x")
+    assert {row.within for row in rows} == {""}
+
+
 def test_few_arms_and_fixed_designs_are_refused(make, make_job, tmp_path):
     job = make(FLAT)
     write_search(job, tmp_path, 5, lambda v: [0.5])

@@ -60,8 +60,13 @@ def wrap_label(text: str, width: int = 38) -> str:
     return "\n".join(textwrap.wrap(text, width, break_long_words=True)) or text
 
 
-def write_values(panel: "Axes", values: Any, low: float, high: float, form: str = "{:.3f}", limit: int = 400) -> None:
-    """The values of a heat map (rows x columns, shaded from `low` to `high`) into its cells, white where it is dark."""
+def write_values(
+    panel: "Axes", values: Any, low: float, high: float, form: str = "{:.3f}", limit: int = 400, below: Any = None
+) -> None:
+    """The values of a heat map (rows x columns, shaded from `low` to `high`) into its cells, white where it is dark.
+
+    `below`: texts of as many rows and columns that stand under them.
+    """
     import numpy as np
 
     values = np.asarray(values, float)
@@ -70,14 +75,16 @@ def write_values(panel: "Axes", values: Any, low: float, high: float, form: str 
     for (row, column), value in np.ndenumerate(values):
         if not np.isnan(value):
             dark = high > low and (value - low) / (high - low) > 0.6
-            text = form.format(value)
+            text = form.format(value) + ("" if below is None else f"\n{below[row][column]}")
             panel.text(column, row, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
 
 
 def render(figure: "Figure") -> tuple[bytes, bytes]:
     """A figure as SVG and PNG; the same one gives the same bytes."""
     found = []
-    # The layout takes as long as the drawing, and is the same in both.
+    # The layout takes as long as the drawing, and is the same in both. It settles in two passes: what the first one
+    # makes wider or narrower moves the labels.
+    figure.draw_without_rendering()
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     for form, metadata in (("svg", {"Date": None, "Creator": None}), ("png", {"Software": None})):

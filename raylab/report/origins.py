@@ -82,7 +82,9 @@ def tell_cost(study: Study) -> Section:
     )
     # Arms of a search that were not confirmed have no label of a ranking.
     labels = {row.pop("arm"): label_values(row) for row in settings}
-    rows = [{"label": study.arms.labels.get(row["arm"]) or labels[row["arm"]] or row["arm"]} | row for row in found]
+    rows: list[Row] = [
+        {"label": study.arms.labels.get(row["arm"]) or labels[row["arm"]] or row["arm"]} | row for row in found
+    ]
     kinds = ask(
         connection,
         """

@@ -1,9 +1,11 @@
 """What a report is made of: sections of sentences, tables and figures; and what of a job every section reads."""
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from raylab.job.settings import is_list, label_values
 from raylab.job.specs import Job, Target
 from raylab.statistics.analysis import Arms
 
@@ -89,3 +91,20 @@ def name_arm(study: Study, arm: str) -> str:
 def tell_cell(cell: Mapping[str, Any]) -> str:
     """A cell for people: its keys that have a value."""
     return ", ".join(f"{key}={value}" for key, value in cell.items() if value is not None)
+
+
+def name_settings(names: Iterable[str]) -> dict[str, str]:
+    """Settings for people: their last names; with the block before where two have the same."""
+    names = list(names)
+    last = [name.rsplit(".", 1)[-1] for name in names]
+    return {
+        name: short if last.count(short) == 1 else ".".join(name.split(".")[-2:])
+        for name, short in zip(names, last, strict=True)
+    }
+
+
+def tell_level(setting: str, value: Any) -> str:
+    """A setting's value, as tables hold it, for people."""
+    if isinstance(value, str) and is_list(setting):
+        return ", ".join(map(str, json.loads(value)))
+    return "none" if value is None else label_values({setting: value}).partition("=")[2]

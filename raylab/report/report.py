@@ -15,11 +15,15 @@ from raylab.report.conclusions import tell_arms, tell_question
 from raylab.report.drawing import STYLE
 from raylab.report.failures import tell_failures
 from raylab.report.grid import tell_grid
+from raylab.report.influences import tell_effects
+from raylab.report.learning import tell_learning
 from raylab.report.maps import tell_maps
 from raylab.report.origins import tell_cost, tell_hygiene, tell_provenance
 from raylab.report.page import write_page
 from raylab.report.parts import MissingError, Section, Study
+from raylab.report.searches import tell_search
 from raylab.report.shapes import tell_shapes
+from raylab.report.surfaces import tell_spans
 from raylab.results.queries import hold_tables
 from raylab.statistics.analysis import default_target, list_arms
 
@@ -27,6 +31,10 @@ SECTIONS: dict[str, Callable[[Study], Section]] = {
     "question": tell_question,
     "arms": tell_arms,
     "grid": tell_grid,
+    "effects": tell_effects,
+    "importances": tell_search,
+    "spans": tell_spans,
+    "learning": tell_learning,
     "maps": tell_maps,
     "shapes": tell_shapes,
     "failures": tell_failures,

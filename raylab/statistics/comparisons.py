@@ -142,7 +142,7 @@ def compute_power(effect: float, num_seeds: int, alpha: float) -> float:
 @functools.lru_cache(4096)
 def _list_spreads(df: int) -> tuple[Floats, Floats]:
     """Quantiles of the observed SD, of one that is 1, at Gauss-Legendre nodes of their probability; and the weights."""
-    nodes, weights = np.polynomial.legendre.leggauss(200)
+    nodes, weights = _list_nodes()
     return np.sqrt(special.chdtri(df, (1 - nodes) / 2) / df), weights / 2
 
 
@@ -161,6 +161,13 @@ def estimate_seeds(difference: float, sd: float, num_comparisons: int = 1) -> in
         middle = (least + most) // 2
         least, most = (middle + 1, most) if compute_power(effect, middle, alpha) < POWER else (least, middle)
     return least
+
+
+@functools.cache
+def _list_nodes() -> tuple[Floats, Floats]:
+    """Gauss-Legendre nodes and weights: to find them takes longer than all else of a comparison."""
+    nodes, weights = np.polynomial.legendre.leggauss(200)
+    return nodes, weights
 
 
 @functools.cache

@@ -7,7 +7,7 @@ the arms that were tried. It does not tell what a setting changes, nor which val
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import optuna
@@ -26,6 +26,8 @@ FEWEST_ARMS = 10
 # Of which PED-ANOVA asks five at least.
 BEST_SHARE = 0.1
 FEWEST_BEST = 5
+# Of the forest, half of Optuna's own: shares of 400 arms move by 0.01, in half the seconds.
+NUM_TREES = 32
 
 # Method -> what its numbers are. They add up to 1 over the settings that are compared.
 MEANINGS = {
@@ -49,7 +51,8 @@ class Importance(NamedTuple):
 
 
 def _fit_fanova(study: optuna.Study, num: int) -> dict[str, float]:
-    return optuna.importance.get_param_importances(study, evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0))
+    evaluator = optuna.importance.FanovaImportanceEvaluator(n_trees=NUM_TREES, seed=0)
+    return optuna.importance.get_param_importances(study, evaluator=evaluator)
 
 
 def _fit_ped_anova(study: optuna.Study, num: int) -> dict[str, float]:
@@ -69,7 +72,7 @@ def compute_importances(job: Job, found: Sequence[tuple[Values, float]], *, mode
 
     In a conditional space, what only some arms read is compared among those alone: fANOVA is fitted to all arms for the
     settings that all of them read, and once more to each part of the space. PED-ANOVA weighs such settings by itself
-    (arXiv 2601.20800). Parts of fewer than 10 arms are left out.
+    (arXiv 2601.20800). Parts of fewer than 10 arms, or of one value, are left out.
     """
     parts: dict[frozenset[str], list[tuple[Values, float]]] = {}
     for values, value in found:
@@ -81,7 +84,8 @@ def compute_importances(job: Job, found: Sequence[tuple[Values, float]], *, mode
             common = frozenset.intersection(*parts)
             everyone += [(_name_part(job, parts, part), members, part - common) for part, members in parts.items()]
         for within, members, only in everyone:
-            if len(members) < FEWEST_ARMS or only == frozenset():
+            # Of equal values there is nothing to share out.
+            if len(members) < FEWEST_ARMS or only == frozenset() or len({value for _, value in members}) == 1:
                 continue
             weighed = METHODS[method](_make_study(job, members, mode), len(members))
             for name, share in sorted(weighed.items(), key=lambda item: -item[1]):
@@ -111,33 +115,56 @@ def _name_part(job: Job, parts: Mapping[frozenset[str], Sequence[tuple[Values, f
     return label_values({name: next(iter(parts[part]))[0][name] for name in same})
 
 
+class Searched(NamedTuple):
+    """An arm of a search that ran to the end: its point, each target's mean over seeds, and a row of `trials`."""
+
+    values: Values
+    targets: list[float | None]
+    row: Mapping[str, Any]
+
+
+def list_searched(results: Path, job: Job) -> dict[str, Searched]:
+    """The arms of a job's search, as it now is, that ran to the end; a target that a seed lacks is None."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for row in list_trials(results, job.name):
+        if row["phase"] == "search" and row["status"] == "complete" and (row["arm"] in found or is_own(job, row)):
+            found.setdefault(row["arm"], []).append(row)
+    arms = {}
+    for arm, rows in found.items():
+        num, seeds = len(job.search.targets), [read_targets(row) for row in rows]
+        whole = all(len(values) == num for values in seeds)
+        means = [_mean([values[index] for values in seeds]) if whole else None for index in range(num)]
+        arms[arm] = Searched(read_values(job, rows[0]), means, rows[0])
+    return arms
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if len(known) == len(values) else None
+
+
 def list_importances(results: Path, job: Job) -> list[Importance]:
     """The importances of a job's search, for each target: over the arms that ran to the end, mean over seeds.
 
-    Raises JobError for a fixed design, which has effects, and for a search of fewer than 10 such arms.
+    Raises JobError for a fixed design, which has effects, and for a search of fewer than 10 such arms or of one value.
     """
     if job.search.design not in ADAPTIVE:
         raise JobError(
             [f"importances: {job.name} is no search ({job.search.design}); its settings have effects instead"]
         )
-    points: dict[str, Values] = {}
-    values: dict[str, list[list[float | None]]] = {}
-    for row in list_trials(results, job.name):
-        if row["phase"] == "search" and row["status"] == "complete" and is_own(job, row):
-            points[row["arm"]] = read_values(job, row)
-            values.setdefault(row["arm"], []).append(read_targets(row))
+    return weigh_searched(job, list(list_searched(results, job).values()))
+
+
+def weigh_searched(job: Job, searched: Sequence[Searched]) -> list[Importance]:
+    """As `list_importances`, of arms that are read already."""
     rows: list[Importance] = []
     for index, target in enumerate(job.search.targets):
-        found = []
-        for arm, seeds in values.items():
-            numbers = [targets[index] for targets in seeds if len(targets) == len(job.search.targets)]
-            known = [number for number in numbers if number is not None]
-            if known and len(known) == len(seeds):
-                found.append((points[arm], float(np.mean(known))))
+        found = [(arm.values, value) for arm in searched if (value := arm.targets[index]) is not None]
         if len(found) < FEWEST_ARMS:
             raise JobError(
                 [f"importances: {len(found)} arms of {job.name} ran to the end; {FEWEST_ARMS} are needed at least"]
             )
-        name = f"{target.task} {target.metric}"
-        rows += compute_importances(job, found, mode=target.mode, target=name)
+        rows += compute_importances(job, found, mode=target.mode, target=f"{target.task} {target.metric}")
+    if not rows:
+        raise JobError([f"importances: all arms of {job.name} have the same value; there is nothing to explain"])
     return rows
