@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-# What `hold_tables` has read: (results, job, table) -> its rows; None where nothing is held.
-_held: ContextVar["dict[tuple[Path, str, str], pa.Table] | None"] = ContextVar("held", default=None)
+# What `hold_tables` has read: (results, job, table, trials or None) -> its rows; None where nothing is held.
+_held: ContextVar["dict[Any, pa.Table] | None"] = ContextVar("held", default=None)
 
 
 @contextlib.contextmanager
@@ -105,10 +105,12 @@ def _read(
     try:
         if held is None or job is None or columns is not None:
             return read_table(results, table, job, trials, columns)
-        key = (results, job, table)
-        if key not in held:
-            held[key] = read_table(results, table, job)
-        return held[key] if trials is None else _choose(held[key], trials)
+        whole, chosen = ((results, job, table, some) for some in (None, None if trials is None else frozenset(trials)))
+        if whole not in held:
+            held[whole] = read_table(results, table, job)
+        if chosen not in held:
+            held[chosen] = _choose(held[whole], trials or ())
+        return held[chosen]
     except DamagedError as error:
         raise JobError([str(error)]) from None
 
