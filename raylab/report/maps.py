@@ -323,7 +323,9 @@ def _draw(maps: Sequence[Map], chosen: Classes) -> "Figure":
         for number in range(-1, len(styles)):
             here = found.places[chosen.codes == number]
             color, marker = (styles[number]["color"], styles[number]["marker"]) if number >= 0 else (_LIGHT, ".")
-            panel.scatter(here[:, 0], here[:, 1], s=size, color=color, marker=marker, linewidths=0, alpha=0.75)
+            panel.scatter(
+                here[:, 0], here[:, 1], s=size, color=color, marker=marker, linewidths=0, alpha=0.75, rasterized=True
+            )
         drawn = np.unique(chosen.codes[chosen.codes >= 0])
         means = np.array([found.places[chosen.codes == number].mean(axis=0) for number in drawn])
         apart = find_apart(means, float(np.ptp(found.places, axis=0).max()))
