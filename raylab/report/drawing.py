@@ -84,9 +84,11 @@ def render(figure: "Figure") -> tuple[bytes, bytes]:
     found = []
     # The layout takes as long as the drawing, and is the same in both. It settles in two passes: what the first one
     # makes wider or narrower moves the labels.
-    figure.draw_without_rendering()
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.execute(figure)
+        engine.execute(figure)
+        figure.set_layout_engine("none")
     for form, metadata in (("svg", {"Date": None, "Creator": None}), ("png", {"Software": None})):
         stream = io.BytesIO()
         figure.savefig(stream, format=form, metadata=metadata)
