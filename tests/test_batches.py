@@ -8,16 +8,20 @@ from raylab.base.noise import derive_seed
 from raylab.job.blocks import Declutr
 from raylab.job.settings import OBJECTIVE_BLOCKS
 from raylab.training.batches import (
+    LONGEST_TEXT,
     UNITS,
     Place,
     cut_pieces,
     describe_spans,
     iterate_steps,
     keep_documents,
+    pack_segments,
     pad_rows,
     piece_units,
+    slice_piece,
     span_units,
 )
+from raylab.training.masks import mask_tokens
 from raylab.training.spans import sample_spans
 
 CASES = {
@@ -80,10 +84,7 @@ def test_each_epoch_visits_every_unit_once(units):
 def test_step_tokens_are_those_of_the_inputs(units):
     for step in take(units, 60):
         inputs = units.build(step.epochs, step.units)
-        entering = inputs.attention_mask.sum()
-        if inputs.positive_mask is not None:
-            entering += inputs.positive_mask.sum()
-        assert entering == step.num_tokens
+        assert len(inputs.input_ids) == len(inputs.positions) == inputs.offsets[-1] == step.num_tokens
         costs = [int(units.cost(int(e), np.array([u]))[0]) for e, u in zip(step.epochs, step.units, strict=True)]
         assert sum(costs) == step.num_tokens
         assert step.num_tokens - costs[-1] < 1024 <= step.num_tokens
@@ -98,10 +99,11 @@ def test_masks_are_dynamic_and_fixed(units):
     chosen = np.arange(8)
     first, again, other = (units.build(np.full(8, epoch), chosen) for epoch in (0, 0, 1))
     assert same(first, again)
-    assert first.selected.any(1).all()
-    if first.positive_ids is None:
-        assert np.array_equal(first.attention_mask, other.attention_mask)
-    assert first.selected.shape != other.selected.shape or not np.array_equal(first.selected, other.selected)
+    texts = np.searchsorted(first.offsets, first.selected, side="right") - 1
+    assert set(texts) == set(range(len(first.rows)))
+    if len(first.rows) == len(first.offsets) - 1:
+        assert np.array_equal(first.offsets, other.offsets)
+    assert not np.array_equal(first.selected, other.selected)
 
 
 def test_masks_follow_the_seed(store, vocabulary, make_job):
@@ -114,20 +116,28 @@ def test_masks_follow_the_seed(store, vocabulary, make_job):
     assert np.array_equal(first.rows, other.rows)
 
 
+def segments_of(inputs, values=None):
+    """The tokens of each segment, or other values a token."""
+    return np.split(inputs.input_ids if values is None else values, inputs.offsets[1:-1])
+
+
 def split_by_unit(inputs, num, num_positives):
-    """The inputs of each of `num` units without padding: lists of arrays."""
+    """The inputs of each of `num` units: lists of arrays."""
     per = len(inputs.rows) // num
-    targets = np.split(inputs.targets, np.cumsum(inputs.selected.sum(1))[:-1])
+    chosen = np.zeros(len(inputs.input_ids), bool)
+    chosen[inputs.selected] = True
+    wanted = np.zeros(len(inputs.input_ids), int)
+    wanted[inputs.selected] = inputs.targets
+    columns = list(zip(*(segments_of(inputs, v) for v in (None, inputs.positions, chosen, wanted)), strict=True))
     parts = []
     for unit in range(num):
         here = range(unit * per, unit * per + per)
         part = [inputs.rows[list(here)]]
         for i in here:
-            real = inputs.attention_mask[i] > 0
-            part += [inputs.input_ids[i][real], inputs.selected[i][real], targets[i]]
-            if inputs.positive_ids is not None:
-                for p in range(i * num_positives, (i + 1) * num_positives):
-                    part.append(inputs.positive_ids[p][inputs.positive_mask[p] > 0])
+            part += columns[i]
+            if len(inputs.offsets) - 1 > len(inputs.rows):
+                first = len(inputs.rows) + i * num_positives
+                part += [ids for ids, *_ in columns[first : first + num_positives]]
         parts.append(part)
     return parts
 
@@ -147,27 +157,28 @@ def test_inputs_of_a_unit_ignore_the_batch(units, request):
 
 def test_masked_tokens_and_targets(units, vocabulary):
     inputs = units.build(np.zeros(units.num, int), np.arange(units.num))
-    ids, real = inputs.input_ids, inputs.attention_mask > 0
-    lengths = real.sum(1)
-    assert (ids[:, 0] == vocabulary.prefix_id).all()
-    assert (ids[np.arange(len(ids)), lengths - 1] == vocabulary.suffix_id).all()
-    assert (ids[~real] == vocabulary.pad_id).all()
-    assert np.array_equal(real, np.arange(ids.shape[1]) < lengths[:, None])
-    assert not inputs.selected[:, 0].any()
-    assert not inputs.selected[np.arange(len(ids)), lengths - 1].any()
-    assert not (inputs.selected & ~real).any()
-    assert len(inputs.targets) == inputs.selected.sum()
+    ids, offsets = inputs.input_ids, inputs.offsets
+    assert (ids[offsets[:-1]] == vocabulary.prefix_id).all()
+    assert (ids[offsets[1:] - 1] == vocabulary.suffix_id).all()
+    assert all(np.array_equal(part, np.arange(len(part))) for part in segments_of(inputs, inputs.positions))
+    assert not np.isin(inputs.selected, [offsets[:-1], offsets[1:] - 1]).any()
+    texts = offsets[len(inputs.rows)]
+    assert (np.diff(inputs.selected) > 0).all()
+    assert inputs.selected[-1] < texts
+    assert len(inputs.targets) == len(inputs.selected)
     assert not np.isin(inputs.targets, vocabulary.special_ids).any()
     # The few that stay as they were aside, a selected token shows as the mask or a random one.
-    assert np.mean(ids[inputs.selected] == vocabulary.mask_id) == pytest.approx(0.8, abs=0.05)
-    assert np.mean(ids[inputs.selected] == inputs.targets) == pytest.approx(0.1, abs=0.04)
-    assert inputs.selected.sum() / (lengths - 2).sum() == pytest.approx(0.15, abs=0.02)
+    shown = ids[inputs.selected]
+    assert np.mean(shown == vocabulary.mask_id) == pytest.approx(0.8, abs=0.05)
+    assert np.mean(shown == inputs.targets) == pytest.approx(0.1, abs=0.04)
+    assert len(shown) / (texts - 2 * len(inputs.rows)) == pytest.approx(0.15, abs=0.02)
 
 
 def unmask(inputs):
+    """The segments' tokens as they were before some were masked."""
     ids = inputs.input_ids.copy()
     ids[inputs.selected] = inputs.targets
-    return ids
+    return segments_of(inputs, ids)
 
 
 def test_pieces_hold_the_texts(store, vocabulary, make_job):
@@ -175,12 +186,12 @@ def test_pieces_hold_the_texts(store, vocabulary, make_job):
         job = make_job(changes={"corpus.long_documents": long_documents})
         units = piece_units(store, ROWS, vocabulary, job.corpus, job.pretrain, 5)
         inputs = units.build(np.zeros(units.num, int), np.arange(units.num))
-        assert inputs.attention_mask.sum(1).max() == 64
-        ids = unmask(inputs)
+        assert np.diff(inputs.offsets).max() == 64
+        pieces = unmask(inputs)
         for row in ROWS:
             text = store.values[store.offsets[row] : store.offsets[row + 1]]
             here = np.flatnonzero(inputs.rows == row)
-            tokens = np.concatenate([ids[i, 1 : inputs.attention_mask[i].sum() - 1] for i in here])
+            tokens = np.concatenate([pieces[i][1:-1] for i in here])
             assert np.array_equal(tokens, text if long_documents == "windows" else text[:62])
         assert np.array_equal(inputs.rows, units.row)
 
@@ -203,6 +214,38 @@ def test_pad_rows(vocabulary):
     assert mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]]
 
 
+def test_pack_segments(vocabulary):
+    values = np.array([7, 8, 9], np.int32)
+    ids, positions, offsets = pack_segments(values, np.array([0, 3, 2]), np.array([2, 0, 1]), vocabulary)
+    assert ids.tolist() == [0, 7, 8, 2, 0, 2, 0, 9, 2]
+    assert positions.tolist() == [0, 1, 2, 3, 0, 1, 0, 1, 2]
+    assert offsets.tolist() == [0, 4, 6, 9]
+
+
+def test_texts_are_masked_as_if_padded(store, vocabulary, make_job):
+    """The masks are those of `mask_tokens`, epoch by epoch."""
+    job = make_job(changes={"corpus.long_documents": "windows"})
+    units = piece_units(store, ROWS, vocabulary, job.corpus, job.pretrain, 5)
+    epochs, chosen = np.repeat([2, 3], 40), np.arange(80)
+    inputs = units.build(epochs, chosen)
+    masked, pieces = segments_of(inputs), unmask(inputs)
+    lengths = store.lengths[ROWS]
+    cut = cut_pieces(store.lengths, ROWS, 64, "windows")
+    assert (lengths > 62).any()
+    for epoch in (2, 3):
+        here = np.flatnonzero(epochs == epoch)
+        ids, mask = pad_rows([slice_piece(store, cut, i) for i in here], vocabulary)
+        expected, selected = mask_tokens(
+            ids, (mask > 0) & ~np.isin(ids, vocabulary.special_ids), cut.row[here] * LONGEST_TEXT + cut.start[here],
+            derive_seed(5, "masks", epoch), fraction=0.15, mask_token_id=vocabulary.mask_id,
+            vocab_size=vocabulary.size, special_ids=vocabulary.special_ids,
+        )  # fmt: skip
+        assert np.array_equal(np.concatenate([masked[i] for i in here]), expected[mask > 0])
+        assert np.array_equal(np.concatenate([pieces[i] for i in here]), ids[mask > 0])
+        wanted = np.isin(np.searchsorted(inputs.offsets, inputs.selected, side="right") - 1, here)
+        assert np.array_equal(inputs.targets[wanted], ids[selected])
+
+
 @pytest.mark.parametrize("sampling", ["any", "adjacent", "subsuming"])
 def test_anchors_and_positives_are_the_tokens_of_their_spans(sampling, store, vocabulary, make_job):
     job = make_job("declutr", {"pretrain.declutr.sampling": sampling, "pretrain.declutr.num_positives": 3})
@@ -211,8 +254,7 @@ def test_anchors_and_positives_are_the_tokens_of_their_spans(sampling, store, vo
     assert (store.lengths[units.row] >= 2 * 2 * 24).all()
     epochs, chosen = np.repeat([0, 1], 20), np.concatenate([np.arange(20), np.arange(5, 25)])
     inputs = units.build(epochs, chosen)
-    ids = unmask(inputs)
-    anchor = positive = 0
+    ids, anchor, positive = unmask(inputs), 0, len(inputs.rows)
     for epoch, unit in zip(epochs, chosen, strict=True):
         row = units.row[unit]
         text = store.values[store.offsets[row] : store.offsets[row + 1]]
@@ -224,15 +266,15 @@ def test_anchors_and_positives_are_the_tokens_of_their_spans(sampling, store, vo
             begin, length = spans.anchor_start[0, a], spans.anchor_length[0, a]
             assert 8 <= length <= 24
             expected = [0, *text[begin : begin + length], 2]
-            assert ids[anchor, : inputs.attention_mask[anchor].sum()].tolist() == expected
+            assert ids[anchor].tolist() == expected
             assert inputs.rows[anchor] == row
             anchor += 1
             for p in range(3):
                 begin, length = spans.positive_start[0, a, p], spans.positive_length[0, a, p]
                 expected = [0, *text[begin : begin + length], 2]
-                assert inputs.positive_ids[positive, : inputs.positive_mask[positive].sum()].tolist() == expected
+                assert ids[positive].tolist() == expected
                 positive += 1
-    assert (anchor, positive) == (len(inputs.input_ids), len(inputs.positive_ids))
+    assert (anchor, positive) == (len(inputs.rows), len(ids))
 
 
 LENGTHS = np.array([3, 39, 40, 79, 80, 159, 160, 161])

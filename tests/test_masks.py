@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from raylab.training.masks import mask_tokens
+from raylab.training.masks import mask_segments, mask_tokens
 
 SPECIAL_IDS = [0, 1, 2, 3, 50, 99, 120]  # 120 lies beyond the vocabulary, as added tokens may
 OPTIONS = {"fraction": 0.15, "mask_token_id": 3, "vocab_size": 100, "special_ids": SPECIAL_IDS}
@@ -71,6 +71,32 @@ def test_a_row_depends_on_itself_alone(num, length, padding, seed, data):
     np.testing.assert_array_equal(part_selected, selected[order])
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=8),
+    fraction=st.sampled_from([0.0, 0.15, 0.6, 1.0]),
+    data=st.data(),
+)
+def test_segments_are_masked_as_padded_rows(lengths, fraction, data):
+    num, width = len(lengths), max(lengths)
+    draw = lambda top: np.array(data.draw(st.lists(st.integers(0, top), min_size=num, max_size=num)))  # noqa: E731
+    rows, seeds = draw(2**40), draw(2**63 - 1).astype(np.uint64)
+    input_ids = np.random.default_rng(int(seeds[0] % 1000)).integers(0, 100, (num, width))
+    real = np.arange(width) < np.array(lengths)[:, None]
+    options = OPTIONS | {"fraction": fraction}
+    packed, places = mask_segments(input_ids[real], np.array(lengths), rows, seeds, **options)
+    selected = np.zeros(int(real.sum()), dtype=bool)
+    selected[places] = True
+    start = 0
+    for i, length in enumerate(lengths):
+        row, ids = rows[[i]], input_ids[[i]]
+        maskable = real[[i]] & ~np.isin(ids, SPECIAL_IDS)
+        expected, chosen = mask_tokens(ids, maskable, row, int(seeds[i]), **options)
+        np.testing.assert_array_equal(packed[start : start + length], expected[0, :length])
+        np.testing.assert_array_equal(selected[start : start + length], chosen[0, :length])
+        start += length
+
+
 def test_what_is_maskable_elsewhere_changes_nothing():
     input_ids, maskable = build_batch(20, 200)
     masked, selected = mask_tokens(input_ids, maskable, np.arange(20), 3, **OPTIONS)
@@ -128,3 +154,11 @@ def test_bad_shapes_are_refused():
     for arguments in ((input_ids, maskable[:, :2], np.arange(2)), (input_ids, maskable, np.arange(3))):
         with pytest.raises(ValueError, match="must be"):
             mask_tokens(*arguments, 0, **OPTIONS)
+    num, seeds = np.array([3, 3]), np.zeros(2, np.uint64)
+    for packed in (
+        (input_ids.ravel()[1:], num, num, seeds),
+        (input_ids.ravel(), num, num[1:], seeds),
+        (input_ids.ravel(), num, num, seeds[1:]),
+    ):
+        with pytest.raises(ValueError, match="must be"):
+            mask_segments(*packed, **OPTIONS)

@@ -46,6 +46,23 @@ def uniforms(seed: int, rows: NDArray[np.int64], num: int) -> NDArray[np.float64
     return bits * np.float64(2.0**-53)
 
 
+def ragged_uniforms(
+    seeds: NDArray[np.uint64], rows: NDArray[np.int64], lengths: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """`uniforms` of rows that differ in seed and in number, one after another: [sum of lengths].
+
+    Of row i the first lengths[i] numbers of `uniforms(seeds[i], rows[i : i + 1], ...)`; all three are [N].
+    """
+    keys = _mix(rows.astype(np.uint64) * np.uint64(GOLDEN) + _mix(seeds + np.uint64(GOLDEN)))
+    starts = (np.cumsum(lengths) - lengths).astype(np.uint64)
+    # Slot j of a row stands at start + j: a row's part of the steps is taken out of its key, one product serves all.
+    bits = np.arange(1, int(lengths.sum()) + 1, dtype=np.uint64) * np.uint64(GOLDEN)
+    bits += np.repeat(keys - starts * np.uint64(GOLDEN), lengths)
+    bits = _mix(bits)
+    bits >>= np.uint64(11)
+    return bits * np.float64(2.0**-53)
+
+
 def _mix(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """splitmix64's finaliser, in place: each bit of the input changes each bit of the output about half the time."""
     words ^= words >> np.uint64(30)

@@ -24,7 +24,7 @@ VERSIONS = {
     "tokenizer": 1,
     "tokens": 1,
     "hygiene": 1,
-    "pretrain": 2,
+    "pretrain": 3,
     "heldout": 2,
     "embed": 2,
     "activations": 2,

@@ -1,4 +1,4 @@
-"""Batches: the order of the data, steps of a fixed number of tokens, and padded inputs. All of it NumPy, no state.
+"""Batches: the order of the data, steps of a fixed number of tokens, and packed inputs. All of it NumPy, no state.
 
 Every draw depends on the seed, the epoch and the row alone, so a place in the data is two numbers, and the batch is
 the same however many workers share it.
@@ -14,7 +14,7 @@ from raylab.base.mistakes import InfeasibleError
 from raylab.base.noise import derive_seed
 from raylab.data.tokens import TokenStore, Vocabulary
 from raylab.job.blocks import Corpus, Declutr, Pretrain
-from raylab.training.masks import mask_tokens
+from raylab.training.masks import mask_segments
 from raylab.training.spans import Spans, effective_spans, sample_spans
 
 Ints = NDArray[np.int64]
@@ -40,18 +40,19 @@ class Step(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What one forward pass takes, padded on the right. B texts or anchors, M anchors of P positives each.
+    """What one forward pass takes: S segments packed one after another, N tokens with special ones around each.
 
-    input_ids, attention_mask int64 [B, T]; selected bool [B, T] marks the masked tokens, targets int64 [S] holds what
-    they were; positive_ids, positive_mask [M * P, T2] (declutr, else None); rows int64 [B], the documents' rows.
+    The first B segments are the texts or anchors, some of their tokens masked; the rest are the positives of the first
+    anchor, of the second, and so on (declutr). input_ids int64 [N]; positions int64 [N], places in the segments;
+    segment i is offsets[i]:offsets[i + 1], int64 [S + 1]; selected int64 [K], the places of the masked tokens, and
+    targets int64 [K], what they were; rows int64 [B], the documents' rows.
     """
 
     input_ids: Ints
-    attention_mask: Ints
-    selected: NDArray[np.bool_]
+    positions: Ints
+    offsets: Ints
+    selected: Ints
     targets: Ints
-    positive_ids: Ints | None
-    positive_mask: Ints | None
     rows: Ints
 
 
@@ -77,6 +78,23 @@ def pad_rows(rows: Sequence[NDArray[np.int32]], vocabulary: Vocabulary) -> tuple
         ids[index, len(row) + 1] = vocabulary.suffix_id
     mask = (np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64)
     return ids, mask
+
+
+def pack_segments(
+    values: NDArray[np.int32], first: Ints, length: Ints, vocabulary: Vocabulary
+) -> tuple[Ints, Ints, Ints]:
+    """The slices values[first:first + length], first and length [S], with special tokens around, one after another.
+
+    Returns ids [N], each one's place in its segment [N], and the segments' offsets [S + 1].
+    """
+    offsets = np.concatenate([[0], np.cumsum(length + 2)])
+    starts = np.repeat(offsets[:-1], length + 2)
+    positions = np.arange(offsets[-1]) - starts
+    # Special tokens stand where a slice's neighbours would: clipped at the ends of `values`, and overwritten.
+    ids = np.take(values, positions + np.repeat(first - 1, length + 2), mode="clip").astype(np.int64)
+    ids[offsets[:-1]] = vocabulary.prefix_id
+    ids[offsets[1:] - 1] = vocabulary.suffix_id
+    return ids, positions, offsets
 
 
 class Pieces(NamedTuple):
@@ -134,34 +152,33 @@ def iterate_steps(units: Units, batch_tokens: int, seed: int, place: Place) -> I
         yield Step(np.concatenate(taken), np.concatenate(epochs), tokens, Place(epoch, position))
 
 
-def _mask(
-    ids: Ints, mask: Ints, keys: Ints, seed: int, fraction: float, vocabulary: Vocabulary
-) -> tuple[Ints, NDArray[np.bool_]]:
-    maskable = (mask > 0) & ~np.isin(ids, vocabulary.special_ids)
-    masked, selected = mask_tokens(
-        ids,
-        maskable,
+def _mask_texts(
+    packed: tuple[Ints, Ints, Ints],
+    rows: Ints,
+    keys: Ints,
+    epochs: Ints,
+    seed: int,
+    fraction: float,
+    vocabulary: Vocabulary,
+) -> Inputs:
+    """Inputs whose first len(rows) segments are masked, by keys and epochs [len(rows)]: each epoch has other masks."""
+    ids, positions, offsets = packed
+    seen, which = np.unique(epochs, return_inverse=True)
+    seeds = np.array([derive_seed(seed, "masks", int(epoch)) for epoch in seen], dtype=np.uint64)
+    texts = ids[: offsets[len(rows)]]
+    masked, selected = mask_segments(
+        texts,
+        np.diff(offsets[: len(rows) + 1]),
         keys,
-        seed,
+        seeds[which],
         fraction=fraction,
         mask_token_id=vocabulary.mask_id,
         vocab_size=vocabulary.size,
         special_ids=vocabulary.special_ids,
     )
-    return masked, selected
-
-
-def _mask_by_epoch(
-    ids: Ints, mask: Ints, keys: Ints, epochs: Ints, seed: int, fraction: float, vocabulary: Vocabulary
-) -> tuple[Ints, NDArray[np.bool_]]:
-    """`mask_tokens` with another seed each epoch: the masks are dynamic."""
-    masked, selected = ids.copy(), np.zeros(ids.shape, dtype=bool)
-    for epoch in np.unique(epochs):
-        here = epochs == epoch
-        masked[here], selected[here] = _mask(
-            ids[here], mask[here], keys[here], derive_seed(seed, "masks", int(epoch)), fraction, vocabulary
-        )
-    return masked, selected
+    targets = texts[selected]
+    texts[:] = masked
+    return Inputs(ids, positions, offsets, selected, targets, rows)
 
 
 def piece_units(
@@ -174,10 +191,10 @@ def piece_units(
         return pieces.length[units] + 2
 
     def build(epochs: Ints, units: Ints) -> Inputs:
-        ids, mask = pad_rows([slice_piece(store, pieces, int(unit)) for unit in units], vocabulary)
-        keys = pieces.row[units] * LONGEST_TEXT + pieces.start[units]
-        masked, selected = _mask_by_epoch(ids, mask, keys, epochs, seed, pretrain.mlm.mask_fraction, vocabulary)
-        return Inputs(masked, mask, selected, ids[selected], None, None, pieces.row[units])
+        rows, start = pieces.row[units], pieces.start[units]
+        packed = pack_segments(store.values, store.offsets[rows] + start, pieces.length[units], vocabulary)
+        keys = rows * LONGEST_TEXT + start
+        return _mask_texts(packed, rows, keys, epochs, seed, pretrain.mlm.mask_fraction, vocabulary)
 
     return Units(len(pieces.row), pieces.row, cost, build)
 
@@ -223,27 +240,19 @@ def span_units(
         special = 2 * declutr.num_anchors * (1 + declutr.num_positives)
         return spans.anchor_length.sum(1) + spans.positive_length.sum((1, 2)) + special
 
-    def cut(begin: Ints, start: Ints, length: Ints) -> tuple[Ints, Ints]:
-        first = (begin.reshape(-1, *[1] * (start.ndim - 1)) + start).ravel()
-        return pad_rows(
-            [store.values[f : f + n] for f, n in zip(first, length.ravel(), strict=True)],
-            vocabulary,
-        )
-
     def build(epochs: Ints, units: Ints) -> Inputs:
         parts = [draw(int(epoch), units[epochs == epoch]) for epoch in np.unique(epochs)]
         spans = Spans(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
         # Units come epoch by epoch, so the parts are in the units' order.
         begin = store.offsets[rows[units]]
-        ids, mask = cut(begin, spans.anchor_start, spans.anchor_length)
-        positive_ids, positive_mask = cut(begin, spans.positive_start, spans.positive_length)
-        anchors = np.arange(declutr.num_anchors)
-        keys = (rows[units][:, None] * declutr.num_anchors + anchors).ravel()
-        masked, selected = _mask_by_epoch(
-            ids, mask, keys, np.repeat(epochs, declutr.num_anchors), seed, pretrain.mlm.mask_fraction, vocabulary
-        )
-        owners = np.repeat(rows[units], declutr.num_anchors)
-        return Inputs(masked, mask, selected, ids[selected], positive_ids, positive_mask, owners)
+        anchors = (begin[:, None] + spans.anchor_start).ravel()
+        positives = (begin[:, None, None] + spans.positive_start).ravel()
+        tokens = np.concatenate([spans.anchor_length.ravel(), spans.positive_length.ravel()])
+        packed = pack_segments(store.values, np.concatenate([anchors, positives]), tokens, vocabulary)
+        owners, slots = np.repeat(rows[units], declutr.num_anchors), np.arange(len(anchors)) % declutr.num_anchors
+        keys = owners * declutr.num_anchors + slots
+        shown = np.repeat(epochs, declutr.num_anchors)
+        return _mask_texts(packed, owners, keys, shown, seed, pretrain.mlm.mask_fraction, vocabulary)
 
     return Units(len(rows), rows, cost, build)
 

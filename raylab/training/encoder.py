@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForMaskedLM, RobertaConfig, RobertaForMaskedLM
@@ -21,15 +22,13 @@ from raylab.training.batches import Pieces, cut_pieces, pad_rows, slice_piece
 
 # Shapes: B texts, T tokens, D hidden size, V vocabulary, S selected tokens.
 
-# The masked-language head of each family, from hidden states [S, D] to logits [S, V]: only masked tokens need logits.
+# The masked-language head of each family but for its last step, the projection to the vocabulary: [S, D] -> [S, D].
 HEADS = {
-    "roberta": lambda model, hidden: model.lm_head(hidden),
-    "xlm-roberta": lambda model, hidden: model.lm_head(hidden),
-    "bert": lambda model, hidden: model.cls(hidden),
-    "distilbert": lambda model, hidden: model.vocab_projector(
-        model.vocab_layer_norm(model.activation(model.vocab_transform(hidden)))
-    ),
-    "modernbert": lambda model, hidden: model.decoder(model.head(hidden)),
+    "roberta": lambda model, hidden: model.lm_head.layer_norm(F.gelu(model.lm_head.dense(hidden))),
+    "xlm-roberta": lambda model, hidden: model.lm_head.layer_norm(F.gelu(model.lm_head.dense(hidden))),
+    "bert": lambda model, hidden: model.cls.predictions.transform(hidden),
+    "distilbert": lambda model, hidden: model.vocab_layer_norm(model.activation(model.vocab_transform(hidden))),
+    "modernbert": lambda model, hidden: model.head(hidden),
 }
 
 # Tokens, padding included, that pass through an encoder at once.
@@ -63,14 +62,17 @@ def inspect_encoder(path: str, revision: str | None) -> dict[str, Any]:
     model, new_head = load_encoder(path, revision)
     config: Any = model.config
     positions = getattr(config, "max_position_embeddings", None)
-    # RoBERTa counts positions from the padding id on.
-    offset = (config.pad_token_id or 0) + 1 if config.model_type in ("roberta", "xlm-roberta") else 0
     return {
         "num_layers": len(split_layers(model).layers),
-        "positions": None if positions is None else positions - offset,
+        "positions": None if positions is None else positions - first_position(config),
         "vocab_size": config.vocab_size,
         "new_head": new_head,
     }
+
+
+def first_position(config: Any) -> int:
+    """The id of a text's first position: RoBERTa counts positions from the padding id on."""
+    return (config.pad_token_id or 0) + 1 if config.model_type in ("roberta", "xlm-roberta") else 0
 
 
 def build_encoder(config: EncoderConfig, vocabulary: Vocabulary, max_length: int, seed: int) -> nn.Module:
@@ -187,9 +189,16 @@ def encode(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tenso
     return hidden
 
 
+def project_from(model: nn.Module, hidden: Tensor) -> tuple[Tensor, nn.Linear]:
+    """What the masked-language head projects to the vocabulary, and by what: [S, D] -> [S, D], the projection."""
+    features: Tensor = HEADS[model.config.model_type](model, hidden)  # type: ignore[union-attr, index]
+    return features, model.get_output_embeddings()  # type: ignore[operator]
+
+
 def predict_tokens(model: nn.Module, hidden: Tensor) -> Tensor:
     """Logits of the masked-language head: [S, D] -> [S, V]."""
-    logits: Tensor = HEADS[model.config.model_type](model, hidden)  # type: ignore[union-attr, index]
+    features, projection = project_from(model, hidden)
+    logits: Tensor = projection(features)
     return logits
 
 

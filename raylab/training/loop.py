@@ -1,7 +1,6 @@
 """The training loop of pre-training: steps of a fixed number of tokens, AdamW, and checkpoints without pickle."""
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -20,9 +19,11 @@ from raylab.base.world import ALONE, World
 from raylab.data.tokens import TokenStore, Vocabulary
 from raylab.job.blocks import Pretrain
 from raylab.job.specs import TrialSpec
-from raylab.training.batches import Inputs, Place, Units, iterate_steps
+from raylab.training.batches import Inputs, Place, Units
 from raylab.training.encoder import choose_device, load_encoder, precision, save_encoder
+from raylab.training.feed import Fed, feed, move
 from raylab.training.objectives import Batch, Learner, Totals, loss_weights
+from raylab.training.packing import fits_kernel
 
 CURVE_POINTS = 50
 
@@ -40,7 +41,8 @@ class NotFiniteError(ArithmeticError):
 class Progress:
     """How far a trial's pre-training is; with the weights and optimiser all that going on needs.
 
-    Random states are no part of it: every draw is a function of the seed and the step or epoch.
+    Random states are no part of it: every draw is a function of the seed and the step or epoch. `sums`, `num_summed`
+    and `data_seconds` are since the last point of the curves.
     """
 
     step: int = 0
@@ -50,6 +52,7 @@ class Progress:
     flops: float = 0.0
     sums: dict[str, float] = field(default_factory=dict)
     num_summed: int = 0
+    data_seconds: float = 0.0
     curves: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -87,7 +90,8 @@ def make_optimizer(learner: Learner, pretrain: Pretrain) -> torch.optim.Optimize
         {"params": [p for _, p in trained if p.ndim >= 2], "weight_decay": pretrain.weight_decay},
         {"params": [p for _, p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=pretrain.learning_rate, betas=(0.9, 0.999), eps=1e-8)
+    fused = all(p.is_cuda for _, p in trained)
+    return torch.optim.AdamW(groups, lr=pretrain.learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=fused)
 
 
 def learning_rate(pretrain: Pretrain, tokens: float) -> float:
@@ -119,7 +123,8 @@ def load_training(spec: TrialSpec, data: Data, folder: Path, *, resume: bool) ->
         for group in optimizer.param_groups:
             for p in group["params"]:
                 state = {k: tensors[f"{names[id(p)]}|{k}"] for k in ("step", "exp_avg", "exp_avg_sq")}
-                optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in state.items()}
+                fused = optimizer.defaults["fused"]
+                optimizer.state[p] = {k: v.to(p.device) if k != "step" or fused else v for k, v in state.items()}
     return Training(learner, optimizer, progress)
 
 
@@ -142,28 +147,65 @@ def save_training(training: Training, tokenizer: Path, folder: Path, *, last: bo
     (folder / "progress.json").write_text(json.dumps(training.progress.__dict__))
 
 
-def _to_batch(inputs: Inputs, data: Data, device: torch.device) -> Batch:
-    def tensor(array: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(array).to(device)
+class Meter:
+    """What steps measure, summed on the device until it is read, once: reading makes the host wait.
 
-    categories = data.categories[inputs.rows] if data.categories is not None else np.full(len(inputs.rows), -1)
-    return Batch(
-        tensor(inputs.input_ids),
-        tensor(inputs.attention_mask),
-        tensor(inputs.selected),
-        tensor(inputs.targets),
-        tensor(inputs.positive_ids) if inputs.positive_ids is not None else None,
-        tensor(inputs.positive_mask) if inputs.positive_mask is not None else None,
-        tensor(categories),
-    )
+    With several workers, each sums its share.
+    """
+
+    def __init__(self, progress: Progress, world: World) -> None:
+        self.progress, self.world = progress, world
+        # One worker goes on from what `progress` holds, so that the sum over workers does.
+        self.before = dict(progress.sums) if world.rank == 0 else {}
+        self.host = [progress.flops, progress.data_seconds] if world.rank == 0 else [0.0, 0.0]
+        self.names: list[str] = []
+        self.sums = self.finite = self.num_finite = torch.zeros(0)
+        self.tokens: list[int] = []
+
+    def add(self, values: Mapping[str, Tensor], flops: float, waited: float, tokens: int) -> None:
+        """A step's losses and gradient norm, scalars, after `tokens` of the steps before it."""
+        found = torch.stack([value.double() for value in values.values()])
+        if not self.tokens:
+            self.names = list(values)
+            self.sums = torch.tensor([self.before.get(name, 0.0) for name in self.names], dtype=torch.float64)
+            self.sums = self.sums.to(found.device)
+            self.finite = torch.ones((), dtype=torch.bool, device=found.device)
+            self.num_finite = torch.zeros((), dtype=torch.int64, device=found.device)
+        self.sums = self.sums + found / self.world.size
+        # Counts the steps before the first that is not finite.
+        self.finite = self.finite & found.isfinite().all()
+        self.num_finite = self.num_finite + self.finite
+        self.host[0] += flops
+        self.host[1] += waited / self.world.size
+        self.tokens.append(tokens)
+
+    def read(self) -> None:
+        """Brings `progress` up to date. Raises NotFiniteError, in all workers alike."""
+        if not self.tokens:
+            return
+        num_finite = self.num_finite
+        sums = torch.cat([self.sums, torch.tensor(self.host, dtype=torch.float64).to(self.sums.device)])
+        if self.world.size > 1:
+            torch.distributed.all_reduce(sums)
+            torch.distributed.all_reduce(num_finite, torch.distributed.ReduceOp.MIN)
+        *losses, flops, waited = sums.tolist()
+        if (good := int(num_finite)) < len(self.tokens):
+            step = self.progress.step - len(self.tokens) + good + 1
+            raise NotFiniteError(
+                f"loss or gradient not finite at step {step} ({self.tokens[good]} tokens): "
+                "lower pretrain.learning_rate or raise warmup_fraction"
+            )
+        self.progress.sums |= dict(zip(self.names, losses, strict=True))
+        self.progress.flops, self.progress.data_seconds = flops, waited
 
 
-def _sum_over(world: World, device: torch.device, *values: float) -> list[float]:
-    if world.size == 1:
-        return list(values)
-    total = torch.tensor(values, dtype=torch.float64, device=device)
-    torch.distributed.all_reduce(total)
-    return [float(v) for v in total]
+def _sum_counts(fed: Fed, world: World, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Masked tokens and texts with a category of a whole step, on the device."""
+    counts: Tensor = move(torch.tensor([fed.selected, fed.categories], dtype=torch.float32), device)
+    if world.size > 1:
+        torch.distributed.all_reduce(counts)
+    selected, categories = counts.unbind()
+    return selected, categories
 
 
 def train(
@@ -171,7 +213,8 @@ def train(
 ) -> None:
     """Steps until `until` tokens have entered the encoder, over all workers; changes `training` in place.
 
-    A step's texts are dealt to the workers in turn, so that the global batch is the same for any number of them.
+    The host never waits for the device but at points of the curves and at the end: a loss or gradient that is not
+    finite is found there (NotFiniteError, which names its step).
     """
     learner, optimizer, progress = training.learner, training.optimizer, training.progress
     device = next(learner.parameters()).device
@@ -180,63 +223,54 @@ def train(
         model = DistributedDataParallel(learner, find_unused_parameters=True)
     learner.train()
     weights = loss_weights(pretrain)
-    count_flops = flop_counter(learner)
-    steps = iterate_steps(units, pretrain.batch_tokens, seed, Place(progress.epoch, progress.position))
-    while progress.tokens < until:
-        step = next(steps)
-        shares = pretrain.accumulation * world.size
-        mine = [
-            # A part of the step is the same texts for any number of workers, and so are its negatives.
-            units.build(step.epochs[share::shares], step.units[share::shares])
-            for share in range(world.rank * pretrain.accumulation, (world.rank + 1) * pretrain.accumulation)
-        ]
-        batches = [_to_batch(inputs, data, device) for inputs in mine]
-        selected, categories, flops = _sum_over(
-            world,
-            device,
-            sum(int(inputs.selected.sum()) for inputs in mine),
-            sum(int((batch.categories >= 0).sum()) for batch in batches),
-            sum(count_flops(inputs) for inputs in mine),
-        )
-        totals = Totals(int(selected), int(categories), pretrain.accumulation, world.size)
+    meter = Meter(progress, world)
+    feeds = feed(
+        units,
+        data.categories,
+        pretrain,
+        seed,
+        Place(progress.epoch, progress.position),
+        until - progress.tokens,
+        world,
+        flop_counter(learner),
+        kernel=fits_kernel(learner.encoder, device),
+    )
+    for fed in feeds:
+        step = fed.step
+        totals = Totals(*_sum_counts(fed, world, device), pretrain.accumulation, world.size)
+        batches = [move(batch, device) for batch in fed.batches]
         rate = learning_rate(pretrain, progress.tokens + step.num_tokens / 2)
         for group in optimizer.param_groups:
             group["lr"] = rate
         # Dropout's numbers come from the step, not from a state that a checkpoint would have to carry.
         torch.manual_seed(derive_seed(seed, "dropout", progress.step, world.rank))
-        values = _backward(model, batches, totals, weights, world, device)
-        norm = nn.utils.clip_grad_norm_(learner.parameters(), pretrain.max_grad_norm)
-        if not math.isfinite(values["loss"]) or not math.isfinite(float(norm)):
-            raise NotFiniteError(
-                f"loss or gradient not finite at step {progress.step + 1} ({progress.tokens} tokens): "
-                "lower pretrain.learning_rate or raise warmup_fraction"
-            )
+        values = _backward(model, batches, totals, weights, device)
+        values["gradient_norm"] = nn.utils.clip_grad_norm_(learner.parameters(), pretrain.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        meter.add(values, fed.flops, fed.waited, progress.tokens)
         progress.step += 1
         before, progress.tokens = progress.tokens, progress.tokens + step.num_tokens
         progress.epoch, progress.position = step.after
-        progress.flops += flops
-        values |= {"learning_rate": rate, "gradient_norm": float(norm), "documents": float(len(step.units))}
-        for name, value in values.items():
+        for name, value in (("learning_rate", rate), ("documents", float(len(step.units)))):
             progress.sums[name] = progress.sums.get(name, 0.0) + value
         progress.num_summed += 1
         point = pretrain.num_tokens / CURVE_POINTS
         if before // point < progress.tokens // point:
-            _note(progress, {f"train_{k}": v / progress.num_summed for k, v in progress.sums.items()})
-            progress.sums, progress.num_summed = {}, 0
+            meter.read()
+            means = {name: value / progress.num_summed for name, value in sorted(progress.sums.items())}
+            means["data_seconds"] = progress.data_seconds
+            _note(progress, {f"train_{name}": value for name, value in means.items()})
+            progress.sums, progress.num_summed, progress.data_seconds = {}, 0, 0.0
+            meter = Meter(progress, world)
+    meter.read()
 
 
 def _backward(
-    model: nn.Module,
-    batches: list[Batch],
-    totals: Totals,
-    weights: Mapping[str, float],
-    world: World,
-    device: torch.device,
-) -> dict[str, float]:
-    """Gradients of the step's loss; returns the weighted loss and each loss, means over the whole step."""
-    sums: dict[str, float] = {}
+    model: nn.Module, batches: list[Batch], totals: Totals, weights: Mapping[str, float], device: torch.device
+) -> dict[str, Tensor]:
+    """Gradients of the step's loss; returns the weighted loss and each loss, this worker's sums over its parts."""
+    sums: dict[str, Tensor] = {}
     for index, batch in enumerate(batches):
         last = index == len(batches) - 1
         with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext():
@@ -244,11 +278,9 @@ def _backward(
                 losses = model(batch, totals)
             loss = sum((weights[name] * value for name, value in losses.items()), torch.zeros((), device=device))
             loss.backward()
-        for name, value in losses.items():
-            sums[f"{name}_loss"] = sums.get(f"{name}_loss", 0.0) + float(value.detach())
-        sums["loss"] = sums.get("loss", 0.0) + float(loss.detach())
-    means = _sum_over(world, device, *(sums[name] / world.size for name in sorted(sums)))
-    return dict(zip(sorted(sums), means, strict=True))
+        for name, value in {**{f"{name}_loss": value for name, value in losses.items()}, "loss": loss}.items():
+            sums[name] = sums.get(name, 0.0) + value.detach().double()
+    return sums
 
 
 def flop_counter(learner: Learner) -> Callable[[Inputs], float]:
@@ -263,9 +295,7 @@ def flop_counter(learner: Learner) -> Callable[[Inputs], float]:
     layers, hidden, vocabulary = config.num_hidden_layers, config.hidden_size, config.vocab_size
 
     def count(inputs: Inputs) -> float:
-        lengths = inputs.attention_mask.sum(1)
-        if inputs.positive_mask is not None:
-            lengths = np.concatenate([lengths, inputs.positive_mask.sum(1)])
+        lengths = np.diff(inputs.offsets)
         forward = 2.0 * body * lengths.sum() + 4.0 * layers * hidden * (lengths.astype(float) ** 2).sum()
         return float(3 * (forward + 2.0 * hidden * vocabulary * len(inputs.targets)))
 

@@ -1,4 +1,4 @@
-"""The pre-training objectives: from padded inputs to losses, alike for one worker and for many."""
+"""The pre-training objectives: from packed inputs to losses, alike for one worker and for many."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,29 +9,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raylab.job.blocks import Pretrain
-from raylab.training.encoder import encode, pool, predict_tokens
+from raylab.training.encoder import project_from
 from raylab.training.losses import nt_xent, sup_con
+from raylab.training.packing import Layout, encode_packed, pool_segments
+from raylab.training.projection import projected_cross_entropy
 
-# Shapes: B texts or anchors, T tokens, S selected tokens, M anchors, P positives an anchor, D hidden size.
+# Shapes: N tokens, S segments, of which B texts or anchors come first, K selected tokens, D hidden size.
 
 
 class Batch(NamedTuple):
-    """`batches.Inputs` as tensors, and the categories int64 [B] of the texts (-1: none)."""
+    """`batches.Inputs` as tensors, the categories int64 [B] of the texts (-1: none), and which texts have one."""
 
     input_ids: Tensor
-    attention_mask: Tensor
+    positions: Tensor
+    layout: Layout
     selected: Tensor
     targets: Tensor
-    positive_ids: Tensor | None
-    positive_mask: Tensor | None
     categories: Tensor
+    known: Tensor
 
 
 class Totals(NamedTuple):
-    """Counts over a whole step, all its parts and all workers: what means are taken over."""
+    """Counts over a whole step, all its parts and all workers: what means are taken over.
 
-    selected: int
-    categories: int
+    Masked tokens and texts with a category are float32 scalars on the device, which need not wait to tell the host.
+    """
+
+    selected: Tensor
+    categories: Tensor
     parts: int
     workers: int
 
@@ -84,32 +89,36 @@ class Learner(nn.Module):
         return OBJECTIVES[self.pretrain.objective](self, batch, totals)
 
 
+def _encode(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Hidden states of all tokens [N, D], and the means of the segments, float32 [S, D]."""
+    hidden = encode_packed(learner.encoder, batch.input_ids, batch.positions, batch.layout)
+    return hidden, pool_segments(hidden, batch.layout)
+
+
 def _mlm_loss(learner: Learner, hidden: Tensor, batch: Batch, totals: Totals) -> Tensor:
-    logits = predict_tokens(learner.encoder, hidden[batch.selected])
-    summed = F.cross_entropy(logits.float(), batch.targets, reduction="sum")
-    return summed * totals.workers / max(totals.selected, 1)
+    # The head sees the masked tokens alone, its projection a part of them at a time.
+    features, projection = project_from(learner.encoder, hidden.index_select(0, batch.selected))
+    summed = projected_cross_entropy(features, projection, batch.targets)
+    return summed * totals.workers / totals.selected.clamp(min=1)
 
 
 def compute_mlm(learner: Learner, batch: Batch, totals: Totals) -> dict[str, Tensor]:
     """Cross-entropy of the masked tokens, mean over the tokens of the whole step."""
-    hidden = encode(learner.encoder, batch.input_ids, batch.attention_mask)
+    hidden = encode_packed(learner.encoder, batch.input_ids, batch.positions, batch.layout)
     return {"mlm": _mlm_loss(learner, hidden, batch, totals)}
 
 
 def compute_declutr(learner: Learner, batch: Batch, totals: Totals) -> dict[str, Tensor]:
     """MLM on the anchors, and NT-Xent of the anchors with the mean of their positives over all workers.
 
-    The anchors' one forward pass, with masked tokens, serves both losses, as in DeCLUTR (arXiv 2006.03659, section 3).
+    The anchors' masked tokens serve both losses, as in DeCLUTR (arXiv 2006.03659, section 3); the positives, unmasked,
+    go through the encoder in the same pass.
     """
-    assert batch.positive_ids is not None
-    assert batch.positive_mask is not None
-    hidden = encode(learner.encoder, batch.input_ids, batch.attention_mask)
-    anchors = pool(hidden, batch.attention_mask)
-    spans = pool(encode(learner.encoder, batch.positive_ids, batch.positive_mask), batch.positive_mask)
-    positives = spans.view(len(anchors), -1, spans.shape[-1]).mean(1)
+    hidden, pooled = _encode(learner, batch)
+    anchors, positives = pooled.tensor_split((len(batch.categories),))
     contrastive = nt_xent(
         _gather(anchors, totals.workers),
-        _gather(positives, totals.workers),
+        _gather(positives.unflatten(0, (len(anchors), -1)).mean(1), totals.workers),
         learner.pretrain.declutr.temperature,
     )
     return {"mlm": _mlm_loss(learner, hidden, batch, totals), "declutr": contrastive / totals.parts}
@@ -117,12 +126,11 @@ def compute_declutr(learner: Learner, batch: Batch, totals: Totals) -> dict[str,
 
 def compute_metadata(learner: Learner, batch: Batch, totals: Totals) -> dict[str, Tensor]:
     """MLM, and the category from the pooled embedding of the same masked text; no loss where a text has none."""
-    hidden = encode(learner.encoder, batch.input_ids, batch.attention_mask)
-    known = batch.categories >= 0
-    embeddings, categories = pool(hidden, batch.attention_mask)[known], batch.categories[known]
+    hidden, pooled = _encode(learner, batch)
+    embeddings, categories = (part.index_select(0, batch.known) for part in (pooled, batch.categories))
     if learner.head is not None:
         summed = F.cross_entropy(learner.head(embeddings).float(), categories, reduction="sum")
-        loss = summed * totals.workers / max(totals.categories, 1)
+        loss = summed * totals.workers / totals.categories.clamp(min=1)
     else:
         loss = sup_con(
             _gather(embeddings, totals.workers),
