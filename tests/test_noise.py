@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from raylab.base.noise import GOLDEN, _mix, _mix_int, derive_seed, uniforms
+from raylab.base.noise import GOLDEN, _mix, _mix_int, derive_seed, ragged_uniforms, uniforms
 
 
 def correlate(first: np.ndarray, second: np.ndarray) -> float:
@@ -105,6 +105,18 @@ def test_large_rows_and_empty_input_raise_no_warning():
 def test_uniforms_refuse_seeds_out_of_range(seed):
     with pytest.raises(ValueError, match="seed"):
         uniforms(seed, np.arange(3), 1)
+
+
+def test_ragged_uniforms_are_the_rows_own():
+    seeds, rows = np.array([7, 0, 7, 2**64 - 1, 7], np.uint64), np.array([3, 2**63 - 1, 0, 5, 3])
+    lengths = np.array([4, 1, 0, 6, 2])
+    direct = [uniforms(int(s), rows[[i]], n)[0] for i, (s, n) in enumerate(zip(seeds, lengths, strict=True))]
+    before = seeds.copy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_array_equal(ragged_uniforms(seeds, rows, lengths), np.concatenate(direct))
+        assert ragged_uniforms(seeds[:0], rows[:0], lengths[:0]).shape == (0,)
+    np.testing.assert_array_equal(seeds, before)
 
 
 def test_rows_are_left_alone():

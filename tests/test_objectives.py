@@ -12,8 +12,9 @@ from raylab.base.world import ALONE, World
 from raylab.job.blocks import Pretrain
 from raylab.job.settings import OBJECTIVE_BLOCKS, dump_spec
 from raylab.job.specs import TrialSpec
+from raylab.training.feed import make_batch
 from raylab.training.loop import load_training, train
-from raylab.training.objectives import OBJECTIVES, Batch, Learner, Totals, loss_weights
+from raylab.training.objectives import OBJECTIVES, Learner, Totals, loss_weights
 from raylab.training.pretrain import make_units, open_data, start_rung
 
 # No dropout; steps of several units; losses of unequal weights; gradients are not clipped.
@@ -43,26 +44,32 @@ def batches(make_spec):
         data = open_data(spec)
         learner = load_training(spec, data, start_rung(spec, data).path, resume=False).learner
         inputs = make_units(spec, data).build(np.zeros(9, int), np.arange(9))
-        categories = data.categories[inputs.rows] if data.categories is not None else np.full(len(inputs.rows), -1)
-        categories = np.where(np.arange(len(categories)) == 2, -1, categories)
-        tensors = [None if array is None else torch.from_numpy(array) for array in (*inputs[:6], categories)]
-        made[name] = (spec, learner, Batch(*tensors))
+        categories = None if data.categories is None else data.categories.copy()
+        if categories is not None:
+            categories[inputs.rows[2]] = -1
+        made[name] = (spec, learner, make_batch(inputs, categories, kernel=False))
     return made
 
 
 def compute(learner, batch, parts=1):
     """Losses of one worker's only batch."""
-    known = int((batch.categories >= 0).sum())
-    return learner(batch, Totals(int(batch.selected.sum()), known, parts, 1))
+    counts = (torch.tensor(float(len(tensor))) for tensor in (batch.targets, batch.known))
+    return learner(batch, Totals(*counts, parts, 1))
 
 
-def embed_directly(encoder, ids, mask):
-    """Mean of the last hidden states, text by text, without padding."""
+def split(batch, values):
+    """Values of the packed tokens, segment by segment."""
+    return values.split(batch.layout.lengths.tolist())
+
+
+def embed_directly(encoder, batch):
+    """Mean of the last hidden states, segment by segment: of the texts, and of the positives."""
     rows = [
-        encoder.base_model(input_ids=i[None, : n], attention_mask=torch.ones(1, n, dtype=torch.int64))
-        for i, n in zip(ids, mask.sum(1).tolist(), strict=True)
-    ]  # fmt: skip
-    return torch.stack([row.last_hidden_state[0].mean(0) for row in rows])
+        encoder.base_model(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None])
+        for ids in split(batch, batch.input_ids)
+    ]
+    found = torch.stack([row.last_hidden_state[0].mean(0) for row in rows])
+    return found.tensor_split((len(batch.categories),))
 
 
 @pytest.mark.parametrize("name", TESTED)
@@ -70,8 +77,21 @@ def test_mlm_is_the_models_own_loss(name, batches):
     _, learner, batch = batches[name]
     labels = torch.full_like(batch.input_ids, -100)
     labels[batch.selected] = batch.targets
-    theirs = learner.encoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels).loss
-    torch.testing.assert_close(compute(learner, batch)["mlm"], theirs, rtol=1e-5, atol=1e-6)
+    ids, wanted = (
+        torch.nn.utils.rnn.pad_sequence(split(batch, values)[: len(batch.categories)], True, padding)
+        for values, padding in ((batch.input_ids, 1), (labels, -100))
+    )
+    theirs = learner.encoder(input_ids=ids, attention_mask=(ids != 1).long(), labels=wanted).loss
+    ours = compute(learner, batch)["mlm"]
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    found = []
+    for loss in (ours, theirs):
+        learner.zero_grad()
+        loss.backward()
+        found.append({key: p.grad.clone() for key, p in learner.encoder.named_parameters()})
+    learner.zero_grad()
+    for key, gradient in found[1].items():
+        torch.testing.assert_close(found[0][key], gradient, rtol=0, atol=1e-5 * max(1, float(gradient.abs().max())))
 
 
 def test_declutr_is_nt_xent_of_anchors_and_mean_positives(batches):
@@ -80,8 +100,7 @@ def test_declutr_is_nt_xent_of_anchors_and_mean_positives(batches):
     losses = compute(learner, batch)
     assert list(losses) == ["mlm", "declutr"]
     with torch.inference_mode():
-        anchors = embed_directly(learner.encoder, batch.input_ids, batch.attention_mask).double().numpy()
-        spans = embed_directly(learner.encoder, batch.positive_ids, batch.positive_mask).double().numpy()
+        anchors, spans = (part.double().numpy() for part in embed_directly(learner.encoder, batch))
     num = 9 * settings.num_anchors
     assert (len(anchors), len(spans)) == (num, num * settings.num_positives)
     positives = np.array([spans[i * 2 : i * 2 + 2].mean(0) for i in range(num)])
@@ -100,7 +119,7 @@ def test_cross_entropy_of_known_categories(batches):
     _, learner, batch = batches["cross_entropy"]
     losses = compute(learner, batch)
     assert list(losses) == ["mlm", "metadata"]
-    embeddings = embed_directly(learner.encoder, batch.input_ids, batch.attention_mask)
+    embeddings, _ = embed_directly(learner.encoder, batch)
     scores = (embeddings @ learner.head.weight.T + learner.head.bias).log_softmax(1)
     known = [i for i, category in enumerate(batch.categories.tolist()) if category >= 0]
     assert 2 not in known
@@ -114,7 +133,7 @@ def test_supervised_contrastive_of_known_categories(batches):
     assert learner.head is None
     loss = compute(learner, batch)["metadata"].item()
     with torch.inference_mode():
-        x = F.normalize(embed_directly(learner.encoder, batch.input_ids, batch.attention_mask)).double().numpy()
+        x = F.normalize(embed_directly(learner.encoder, batch)[0]).double().numpy()
     labels, temperature = batch.categories.tolist(), spec.settings.pretrain.metadata.temperature
     known = [i for i, category in enumerate(labels) if category >= 0]
     losses = []
@@ -130,7 +149,7 @@ def test_supervised_contrastive_of_known_categories(batches):
 @pytest.mark.parametrize("name", ["cross_entropy", "supervised_contrastive"])
 def test_without_a_category_there_is_no_loss(name, batches):
     _, learner, batch = batches[name]
-    losses = compute(learner, batch._replace(categories=torch.full_like(batch.categories, -1)))
+    losses = compute(learner, batch._replace(categories=batch.categories * 0 - 1, known=batch.known[:0]))
     assert losses["metadata"].item() == 0
     sum(losses.values()).backward()
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in learner.parameters())
@@ -139,7 +158,7 @@ def test_without_a_category_there_is_no_loss(name, batches):
 
 def test_nothing_masked_is_no_loss(batches):
     _, learner, batch = batches["mlm"]
-    empty = batch._replace(selected=torch.zeros_like(batch.selected), targets=batch.targets[:0])
+    empty = batch._replace(selected=batch.selected[:0], targets=batch.targets[:0])
     assert compute(learner, empty)["mlm"].item() == 0
 
 
@@ -163,7 +182,11 @@ def train_steps(spec, world=ALONE):
     return {
         "weights": {name: p.detach().clone() for name, p in named.items()},
         "moments": {name: training.optimizer.state[p]["exp_avg"].clone() for name, p in named.items()},
-        "curve": {(point["step"], point["metric"]): point["value"] for point in training.progress.curves},
+        "curve": {
+            (point["step"], point["metric"]): point["value"]
+            for point in training.progress.curves
+            if point["metric"] != "train_data_seconds"
+        },
         "progress": (training.progress.tokens, training.progress.position, training.progress.flops),
     }
 

