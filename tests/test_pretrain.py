@@ -11,6 +11,7 @@ from conftest import OBJECTIVES
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from raylab.base.world import ALONE
 from raylab.job.blocks import Pretrain
 from raylab.results.tables import read_rows, read_trial
 from raylab.runs.preparation import make_spec as prepared_spec
@@ -19,7 +20,16 @@ from raylab.runs.trial import run_trial
 from raylab.store.stages import read_info
 from raylab.training import packing
 from raylab.training.feed import make_batch
-from raylab.training.loop import NotFiniteError, flop_counter, learning_rate, load_training, make_optimizer, train
+from raylab.training.loop import (
+    Meter,
+    NotFiniteError,
+    Progress,
+    flop_counter,
+    learning_rate,
+    load_training,
+    make_optimizer,
+    train,
+)
 from raylab.training.objectives import Learner, Totals
 from raylab.training.pretrain import make_units, measure_rung, open_data, read_curves, start_rung, train_rung
 from raylab.training.rungs import list_rungs, num_rungs, rung_budget
@@ -178,6 +188,34 @@ def test_not_finite_fails_at_a_step(make_spec, tmp_path):
     assert read_rows(tmp_path, "tiny", "scores", spec.trial_id) == []
     assert run_trial(spec)["error"] == kept["error"]
     assert read_trial(tmp_path, "tiny", spec.trial_id)["attempts"] == 2
+
+
+def test_the_first_step_that_is_not_finite_is_named():
+    progress = Progress(step=7, tokens=700, sums={"loss": 1.0, "documents": 3.0}, flops=5.0)
+    meter = Meter(progress, ALONE)
+    losses = [2.0, 0.5, math.inf, 1.0, math.nan]
+    for place, loss in enumerate(losses[:2]):
+        meter.add({"loss": torch.tensor(loss)}, 10.0, 0.25, 700 + 100 * place)
+    progress.step = 9
+    meter.read()
+    assert (progress.sums, progress.flops, progress.data_seconds) == ({"loss": 3.5, "documents": 3.0}, 25.0, 0.5)
+    meter = Meter(progress, ALONE)
+    for place, loss in enumerate(losses):
+        meter.add({"gradient_norm": torch.tensor(1.0), "loss": torch.tensor(loss)}, 1.0, 0.0, 900 + 100 * place)
+    progress.step = 14
+    with pytest.raises(NotFiniteError, match=r"at step 12 \(1100 tokens\)"):
+        meter.read()
+    assert progress.sums == {"loss": 3.5, "documents": 3.0}
+
+
+def test_time_spent_waiting_is_in_the_curves(make_spec):
+    progress = json.loads((run_rungs(make_spec("mlm", LONG), keep=True)[-1].path / "progress.json").read_text())
+    points = {}
+    for point in progress["curves"]:
+        points.setdefault(point["metric"], []).append(point)
+    waited = points["train_data_seconds"]
+    assert [point["step"] for point in waited] == [point["step"] for point in points["train_loss"]]
+    assert all(0 < point["value"] < 60 for point in waited)
 
 
 @pytest.mark.parametrize("rule", ["drop", "refuse", "shrink"])

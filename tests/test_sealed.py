@@ -44,7 +44,9 @@ def run(job, results):
             "select * exclude (job, train_seconds) from scores where split = 'validation' order by all"
         ).fetchall(),
         "geometry": connection.execute("select * exclude (job) from geometry order by all").fetchall(),
-        "curves": connection.execute("select * exclude (job) from curves order by all").fetchall(),
+        "curves": connection.execute(
+            "select * exclude (job) from curves where metric <> 'train_data_seconds' order by all"
+        ).fetchall(),
         "trials": connection.execute(
             "select trial_id, arm, status, target_values, data_digest from trials order by all"
         ).fetchall(),
