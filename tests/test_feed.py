@@ -42,7 +42,11 @@ def test_feed_is_the_steps_in_order(objective, make_spec):
         assert one.step.after == step.after
         assert one.waited >= 0
         inputs = [units.build(step.epochs[i::2], step.units[i::2]) for i in range(2)]
-        batches = [make_batch(part, data.categories, kernel=False) for part in inputs]
+        rows = [
+            len(part.rows) if data.categories is None else (data.categories[part.rows] >= 0).sum() for part in inputs
+        ]
+        pairs = zip(inputs, rows, strict=True)
+        batches = [make_batch(part, data.categories, (int(num),), kernel=False) for part, num in pairs]
         for ours, theirs in zip(flatten(tuple(one.batches)), flatten(tuple(batches)), strict=True):
             assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
         assert one.selected == sum(len(part.targets) for part in inputs)
@@ -57,7 +61,9 @@ def test_workers_share_a_step(make_spec):
     pair = [next(steps_of(spec, Place(0, 0), 1, World(rank, 2, lambda value: value))) for rank in range(2)]
     assert sum(len(part.batches[0].input_ids) for part in pair) == len(alone.batches[0].input_ids)
     assert sum(part.selected for part in pair) == alone.selected
+    counts = tuple(len(part.batches[0].categories) for part in pair)
     for rank, part in enumerate(pair):
+        assert part.batches[0].gathered == counts
         whole = [ids.tolist() for ids in alone.batches[0].input_ids.split(alone.batches[0].layout.lengths.tolist())]
         ours = [ids.tolist() for ids in part.batches[0].input_ids.split(part.batches[0].layout.lengths.tolist())]
         assert ours == whole[rank::2]

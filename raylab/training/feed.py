@@ -12,7 +12,7 @@ from torch import Tensor
 
 from raylab.base.world import World
 from raylab.job.blocks import Pretrain
-from raylab.training.batches import Inputs, Place, Step, Units, iterate_steps
+from raylab.training.batches import Inputs, Ints, Place, Step, Units, iterate_steps
 from raylab.training.objectives import Batch
 from raylab.training.packing import lay_out
 
@@ -31,7 +31,9 @@ class Fed(NamedTuple):
     waited: float
 
 
-def make_batch(inputs: Inputs, categories: NDArray[np.int64] | None, *, kernel: bool) -> Batch:
+def make_batch(
+    inputs: Inputs, categories: NDArray[np.int64] | None, gathered: tuple[int, ...] = (), *, kernel: bool
+) -> Batch:
     """Inputs as tensors on the CPU; `categories` are those of all rows, `kernel` as in `lay_out`."""
     found = categories[inputs.rows] if categories is not None else np.full(len(inputs.rows), -1)
     return Batch(
@@ -42,6 +44,7 @@ def make_batch(inputs: Inputs, categories: NDArray[np.int64] | None, *, kernel: 
         torch.from_numpy(inputs.targets),
         torch.from_numpy(found),
         torch.from_numpy(np.flatnonzero(found >= 0)),
+        gathered,
     )
 
 
@@ -74,6 +77,9 @@ def feed(
     steps = iterate_steps(units, pretrain.batch_tokens, seed, place)
     shares = pretrain.accumulation * world.size
 
+    def count_rows(dealt: Ints) -> int:
+        return len(dealt) * units.texts if categories is None else int((categories[units.row[dealt]] >= 0).sum())
+
     def build() -> Fed:
         step = next(steps)
         # A part of the step is the same texts for any number of workers, and so are its negatives.
@@ -81,7 +87,11 @@ def feed(
             units.build(step.epochs[share::shares], step.units[share::shares])
             for share in range(world.rank * pretrain.accumulation, (world.rank + 1) * pretrain.accumulation)
         ]
-        batches = [make_batch(inputs, categories, kernel=kernel) for inputs in mine]
+        rows = [count_rows(step.units[share::shares]) for share in range(shares)]
+        batches = [
+            make_batch(inputs, categories, tuple(rows[part :: pretrain.accumulation]), kernel=kernel)
+            for part, inputs in enumerate(mine)
+        ]
         return Fed(
             step,
             batches,

@@ -18,7 +18,10 @@ from raylab.training.projection import projected_cross_entropy
 
 
 class Batch(NamedTuple):
-    """`batches.Inputs` as tensors, the categories int64 [B] of the texts (-1: none), and which texts have one."""
+    """`batches.Inputs` as tensors, the categories int64 [B] of the texts (-1: none), and which texts have one.
+
+    `gathered` are the rows of each worker in this part of the step: texts, where there are categories those with one.
+    """
 
     input_ids: Tensor
     positions: Tensor
@@ -27,6 +30,7 @@ class Batch(NamedTuple):
     targets: Tensor
     categories: Tensor
     known: Tensor
+    gathered: tuple[int, ...]
 
 
 class Totals(NamedTuple):
@@ -42,18 +46,15 @@ class Totals(NamedTuple):
 
 
 class GatherRows(torch.autograd.Function):
-    """Rows of all workers, in the order of their ranks; their number may differ.
+    """Rows of all workers, in the order of their ranks; `counts` says how many each has, which all of them know.
 
     The gradient of a worker's rows is the sum of what all workers send back. Where each computes the same loss from
     the gathered rows, DistributedDataParallel's mean over workers then gives the gradient of that one loss.
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, counts: tuple[int, ...]) -> Tensor:
         """[n, ...] -> [sum of n, ...]."""
-        sizes = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(dist.get_world_size())]
-        dist.all_gather(sizes, torch.tensor([len(rows)], device=rows.device))
-        counts = [int(size) for size in sizes]
         padded = rows.new_zeros((max(counts), *rows.shape[1:]))
         padded[: len(rows)] = rows
         gathered = [torch.empty_like(padded) for _ in counts]
@@ -62,15 +63,15 @@ class GatherRows(torch.autograd.Function):
         return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         """The sum over workers, cut to this worker's rows."""
         total = gradients[0].contiguous()
         dist.all_reduce(total)
-        return total[ctx.start : ctx.start + ctx.count]
+        return total[ctx.start : ctx.start + ctx.count], None
 
 
-def _gather(rows: Tensor, workers: int) -> Tensor:
-    gathered: Tensor = GatherRows.apply(rows) if workers > 1 else rows
+def _gather(rows: Tensor, batch: Batch) -> Tensor:
+    gathered: Tensor = GatherRows.apply(rows, batch.gathered) if len(batch.gathered) > 1 else rows
     return gathered
 
 
@@ -116,11 +117,9 @@ def compute_declutr(learner: Learner, batch: Batch, totals: Totals) -> dict[str,
     """
     hidden, pooled = _encode(learner, batch)
     anchors, positives = pooled.tensor_split((len(batch.categories),))
-    contrastive = nt_xent(
-        _gather(anchors, totals.workers),
-        _gather(positives.unflatten(0, (len(anchors), -1)).mean(1), totals.workers),
-        learner.pretrain.declutr.temperature,
-    )
+    pairs = torch.cat([anchors, positives.unflatten(0, (len(anchors), -1)).mean(1)], 1)
+    anchors, positives = _gather(pairs, batch).chunk(2, 1)
+    contrastive = nt_xent(anchors, positives, learner.pretrain.declutr.temperature)
     return {"mlm": _mlm_loss(learner, hidden, batch, totals), "declutr": contrastive / totals.parts}
 
 
@@ -132,12 +131,8 @@ def compute_metadata(learner: Learner, batch: Batch, totals: Totals) -> dict[str
         summed = F.cross_entropy(learner.head(embeddings).float(), categories, reduction="sum")
         loss = summed * totals.workers / totals.categories.clamp(min=1)
     else:
-        loss = sup_con(
-            _gather(embeddings, totals.workers),
-            _gather(categories, totals.workers),
-            learner.pretrain.metadata.temperature,
-        )
-        loss = loss / totals.parts
+        points, labels = _gather(embeddings, batch), _gather(categories, batch)
+        loss = sup_con(points, labels, learner.pretrain.metadata.temperature) / totals.parts
     return {"mlm": _mlm_loss(learner, hidden, batch, totals), "metadata": loss}
 
 
