@@ -3,8 +3,8 @@
 Run `python benchmarks/pretrain.py --threads 2`, with the machine left to it. The last line is JSON:
 `data_tokens_per_second_OBJECTIVE` of sampling, masking and packing alone, on one core; `declutr_speedup_cpu` and
 `mlm_speedup_cpu`, packed steps of a 6 x 384 encoder against those of a padded float32 recipe: anchors and positives in
-two passes, each padded to its longest, logits of masked tokens alone. A step is forward, backward and gradient norm, without
-dropout, on the same inputs by turns in one process. Every number is a median.
+two passes, each padded to its longest, logits of masked tokens alone. A step is forward, backward and gradient norm,
+without dropout, on the same inputs by turns in one process. Every number is a median.
 """
 
 import argparse
