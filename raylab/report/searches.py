@@ -136,7 +136,7 @@ def _draw_importances(rows: Sequence[Importance], name: str, target: str) -> Plo
                 panel.text(share or 0.0, place + aside, told, va="center", fontsize=7)
         panel.set_yticks(range(len(settings[part])), [wrap_label(short[setting], 30) for setting in settings[part]])
         panel.set_ylim(len(settings[part]) - 0.5, -0.5)
-        panel.set_xlim(0, 1.12 * max(0.1, *shares.values()))
+        panel.set_xlim(0, 1.12 * max([0.1, *shares.values()]))
         where = f"arms of {part}" if part else "all searched arms"
         panel.set_title(wrap_label(f"{where} ({sizes[part]})", 80), loc="left", fontsize=9)
     panels[-1, 0].set_xlabel("importance; not an ablation")
@@ -285,6 +285,8 @@ def _place_numbers(entry: Range, values: Mapping[str, float]) -> tuple[dict[str,
     else:
         marks = [float(mark) for mark in MaxNLocator(4, steps=STEPS).tick_values(entry.low, entry.high)]
     marks = [mark for mark in marks if entry.low <= mark <= entry.high]
+    # A narrow range may hold no round number, or one.
+    marks = marks if len(marks) > 1 else [entry.low, entry.high]
     return {arm: place(value) for arm, value in values.items()}, [(place(mark), f"{mark:g}") for mark in marks]
 
 
