@@ -5,10 +5,10 @@ import datetime
 import pytest
 
 from raylab.job.settings import list_settings, resolve_target, with_settings
-from raylab.report.conclusions import tell_arms
+from raylab.report.conclusions import tell_arms, tell_question
 from raylab.report.drawing import STYLE, render
 from raylab.report.grid import read_grid, tell_grid
-from raylab.report.parts import Plot, Study, tell_cell
+from raylab.report.parts import Plot, Study, Table, tell_cell
 from raylab.results.tables import write_rows
 from raylab.statistics.analysis import default_target, list_arms
 
@@ -21,9 +21,10 @@ RATES = (1e-3, 1e-2)
 def make_study(make_job, tmp_path):
     """`make_study({"arm": [row, ...]})`: arms of RATES on two seeds, and a baseline that has a third one too."""
 
-    def make(scores, *, probes=("logistic", "mlp"), depths=("all",)):
+    def make(scores, *, probes=("logistic", "mlp"), depths=("all",), targets=()):
         job = make_job("mlm", {
-            "search": {"design": "grid", "space": {"pretrain.learning_rate": [*RATES]}, "seeds": [0, 1]},
+            "search": {"design": "grid", "space": {"pretrain.learning_rate": [*RATES]}, "seeds": [0, 1],
+                       "targets": [*targets]},
             "evaluate": {"probes": [*probes], "shots": [2, "full"], "frozen_layers": [*depths]},
         })  # fmt: skip
         ran = [(f"arm{number}", rate, (0, 1)) for number, rate in enumerate(RATES)]
@@ -79,12 +80,30 @@ def test_powers_are_plain_numbers_where_formulas_are_off(make_study):
     with matplotlib.rc_context(STYLE):
         plot = plots_of(tell_grid(make_study(scores, depths=("all", "none"))))["score-by-parameters"]
         # A label of data may hold what would be a formula that can't be read.
-        plot.figure.axes[0].set_title(r"from $5 to $\\x{ dollars")
+        plot.figure.axes[0].set_title(r"paid in $\frac$")
         assert all(render(plot.figure))
         ticks = [text.get_text() for text in plot.figure.axes[0].get_xticklabels() if text.get_text()]
     assert ticks
     assert not any("$" in text for text in ticks)
     assert {float(text) for text in ticks} >= {1e3, 1e5}
+
+
+def test_which_side_is_better_is_said_where_it_is_the_lower_one(make_study):
+    metric = "calibration_error"
+    target = {"task": "severity", "metric": metric, "mode": "min"}
+    rows = {arm: [LOGISTIC | {"metric": metric, "value": value}] for arm, value in (("arm0", 0.3), ("arm1", 0.1))}
+    rows["baseline:tfidf"] = [{"frozen_layers": None, "probe": None, "metric": metric, "value": 0.2}]
+    study = make_study(rows, targets=[target])
+    question = tell_question(study)
+    assert "A won: the share of the shared seeds on which A is better, which is lower." in question.parts[0]
+    [compared] = [part for part in question.parts if isinstance(part, Table)]
+    [row] = compared.rows
+    assert (row["label_a"], row["superiority"]) == ("learning_rate=0.01", 1.0)
+    assert row["difference"] == pytest.approx(-0.2)
+    arms = tell_arms(study)
+    assert "lower is better" in arms.lead[0]
+    assert "best first, from learning_rate=0.01 with 0.100 to learning_rate=0.001 with 0.300" in arms.parts[0].alt
+    assert "Lower is better." in tell_grid(study).lead[0]
 
 
 def test_a_cell_of_all_training_rows_says_so():

@@ -48,6 +48,8 @@ def tell_associations(study: Study) -> Section:
         "together. 'Within objectives' takes each objective's mean out: what is gone there was a difference between "
         "objectives. No cause is shown."
     )
+    if study.target.mode == "min":
+        about += f" Lower {metric} is better: a space's metric that falls with it goes with better arms."
     if len(tried) > len(here):
         about += (
             f" Over all tasks, shots, freeze depths and probes {len(tried):,} pairs were looked at, of which "

@@ -33,12 +33,13 @@ def tell_question(study: Study) -> Section:
     rows = list_verdicts(verdicts)
     columns = {
         "role": "part", "label_a": "A", "label_b": "B", "num_seeds": "seeds", "difference": "A - B", "low": "low",
-        "high": "high", "p": "p", "p_holm": "p, Holm", "superiority": "P(A > B)", "seeds_needed": "seeds to decide",
+        "high": "high", "p": "p", "p_holm": "p, Holm", "superiority": "A won", "seeds_needed": "seeds to decide",
     }  # fmt: skip
     about = (
         f"Compared at {tell_cell(study.cell)}, on validation. The seed is the unit: draws are averaged within it and "
         "arms are paired on shared seeds. Intervals are of 95 %: Student's t below 20 seeds, BCa from 20 on; p is of "
-        "the sign-flip test, with Holm's correction over the exploratory comparisons."
+        "the sign-flip test, with Holm's correction over the exploratory comparisons. A won: the share of the shared "
+        f"seeds on which A is better, which is {'lower' if study.target.mode == 'min' else 'higher'}."
     )
     if job.analysis.primary is not None:
         about += " Whether the primary comparison was declared before the data were seen, the tables can't tell."
@@ -128,7 +129,7 @@ def _draw_ranking(study: Study, ranked: list[RankedArm], rows: list[dict[str, An
         figure.legend(loc="outside upper right", ncols=len(lines))
     first, last, left = own[0], own[-1], len(ranked) - len(lines) - len(own)
     alt = (
-        f"{len(own)} arms from {name_arm(study, first.arm)} with {first.value.mean:.3f} down to "
+        f"{len(own)} arms, best first, from {name_arm(study, first.arm)} with {first.value.mean:.3f} to "
         f"{name_arm(study, last.arm)} with {last.value.mean:.3f}"
         + "".join(f"; {name_arm(study, row.arm)} at {row.value.mean:.3f}" for row in lines)
         + (f"; {left} more arms are in the table." if left else ".")

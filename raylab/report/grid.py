@@ -48,7 +48,7 @@ def tell_grid(study: Study) -> Section:
     lead = [
         f"{what}, on validation: mean over seeds, draws averaged within each. Shots are labelled examples a class; "
         "'full' is every training row. Frozen layers: 'all' trains a classifier on fixed embeddings, 'none' the whole "
-        "encoder."
+        "encoder." + (" Lower is better." if study.target.mode == "min" else "")
     ]
     if len(shots) == 1 and len(depths) == 1:
         lead.append("One number of shots and one freeze depth were asked for, so there is no map of them.")

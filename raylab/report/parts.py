@@ -97,6 +97,11 @@ def tell_cell(cell: dict[str, Any]) -> str:
     return ", ".join(f"{key}={value}" for key, value in told.items() if value is not None)
 
 
+def name_target(target: Target) -> str:
+    """What a target measures, for people; which side is better where it is the lower one."""
+    return f"{target.metric} of {target.task}" + (", lower is better" if target.mode == "min" else "")
+
+
 def name_settings(names: Iterable[str]) -> dict[str, str]:
     """Settings for people: their last names; with the block before where two have the same."""
     names = list(names)

@@ -20,6 +20,7 @@ from raylab.report.parts import (
     Study,
     name_arm,
     name_settings,
+    name_target,
     tell_level,
 )
 from raylab.results.ranking import rank_arms
@@ -191,16 +192,12 @@ def _draw_coordinates(study: Study, arms: Mapping[str, Searched], known: Mapping
     told = "; ".join(best.values())
     top, bottom = (f"{known[arm]:.3f}" for arm in (order[-1], order[0]))
     alt = (
-        f"{len(order)} searched arms as lines across {', '.join(short[name] for name in names)} to their value on the "
+        f"{len(order)} searched arms as lines across {', '.join(axis.title for axis in axes)} to their value on the "
         f"search's seeds, from {bottom} (light) to {top} (dark)"
         + (f". Thick: {told}." if told else ".")
     )  # fmt: skip
-    title = f"The searched arms, darker the better; thick: the best confirmed. Value: {_name_target(target)}"
+    title = f"The searched arms, darker the better; thick: the best confirmed. Value: {name_target(target)}"
     return Plot("search-coordinates", title, alt, figure, rows)
-
-
-def _name_target(target: Target) -> str:
-    return f"{target.metric} of {target.task}" + (", lower is better" if target.mode == "min" else "")
 
 
 def _find_best(study: Study, known: Mapping[str, float]) -> dict[str, str]:
