@@ -225,13 +225,15 @@ def test_importances_are_told_by_both_methods_and_as_no_ablation(search, study_o
     job, _, _ = search(40)
     section = tell_search(study_of(job))
     assert "not an ablation" in section.lead[0]
+    cell = "task=severity, metric=f1_macro, shots=2, frozen_layers=all, probe=logistic"
+    assert section.lead[1].startswith(f"Values here are of {cell}, on the search's seeds: those of the best are too")
     plot = plots_of(section)["importances"]
     largest = {}
     for row in plot.rows:
         largest.setdefault(row["method"], (row["setting"], row["importance"]))
     assert {setting for setting, _ in largest.values()} == {HOT}
     for method, (_, share) in largest.items():
-        assert f"temperature ({share:.2f} of 1) by {method}" in section.lead[1]
+        assert f"temperature ({share:.2f} of 1) by {method}" in section.lead[2]
         assert f"{method}: temperature {share:.2f}" in plot.alt
         assert any(part.startswith(f"{method}: ") and "not an ablation" in part for part in section.parts[:2])
     bars = [bar for container in plot.figure.axes[0].containers for bar in container]

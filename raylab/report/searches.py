@@ -21,6 +21,7 @@ from raylab.report.parts import (
     name_arm,
     name_settings,
     name_target,
+    tell_cell,
     tell_level,
 )
 from raylab.results.ranking import rank_arms
@@ -63,7 +64,9 @@ def tell_search(study: Study) -> Section:
     lead = [
         f"{len(known)} arms were searched to the end, chosen by their results and each on "
         f"{len(job.search.seeds)} seed{'s' * (len(job.search.seeds) != 1)}. Importances tell where their values "
-        "differed: not an ablation, nor which value of a setting is better."
+        "differed: not an ablation, nor which value of a setting is better.",
+        f"Values here are of {tell_cell(resolve_target(job, job.search.targets[0]))}, on the search's seeds: those of "
+        "the best are too high, as they were chosen by them. The ranking is on fresh seeds.",
     ]
     parts: list[Part] = []
     try:
