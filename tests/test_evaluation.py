@@ -8,7 +8,7 @@ import pytest
 from raylab.data.corpus import TRAIN, VALIDATION, open_rows
 from raylab.data.tokens import open_tokens
 from raylab.evaluation import cells, evaluation
-from raylab.evaluation.evaluation import list_draws
+from raylab.evaluation.draws import list_draws
 from raylab.evaluation.finetune import Tuning
 from raylab.measures.scores import METRICS
 from raylab.results.tables import read_rows, read_trial

@@ -15,6 +15,7 @@ from raylab.base.mistakes import JobError
 from raylab.results.queries import (
     SeedValue,
     find_job,
+    hold_tables,
     list_jobs,
     open_tables,
     query,
@@ -308,6 +309,28 @@ def test_baselines_have_no_depth_and_no_probe(tmp_path: Path) -> None:
     write_scores(tmp_path, "baseline:majority-0", [0.5], frozen_layers=None, probe=None)
     assert read_cell(tmp_path, "study", "scores", CELL) == [SeedValue("baseline:majority", 0, 0.5)]
     assert read_cell(tmp_path, "study", "scores", CELL | {"shots": 32}) == []
+
+
+def test_held_tables_are_of_one_moment_and_of_the_asked_trials(tmp_path: Path) -> None:
+    for trial_id in ("a-0", "a-1", "baseline:tfidf-0"):
+        write_trial(tmp_path, trial_id)
+        write_scores(tmp_path, trial_id, [0.1, 0.2])
+
+    def ask(trials: list[str] | None = None, job: str = "study") -> list[str]:
+        connection = open_tables(tmp_path, "scores", job, trials)
+        return [row[0] for row in connection.execute("select distinct trial_id from scores order by all").fetchall()]
+
+    asked: list[list[str] | None] = [None, ["a-1", "baseline:tfidf-0"], []]
+    before = [ask(trials) for trials in asked]
+    assert before == [["a-0", "a-1", "baseline:tfidf-0"], ["a-1", "baseline:tfidf-0"], []]
+    with hold_tables():
+        assert [ask(trials) for trials in asked] == before
+        write_trial(tmp_path, "a-2")
+        write_scores(tmp_path, "a-2", [0.3])
+        assert ask() == before[0]
+        assert ask(["a-2"]) == []
+        assert "a-2" in ask(job="*")  # over all jobs nothing is held
+    assert "a-2" in ask()
 
 
 def test_geometry_cells_and_missing_values(tmp_path: Path) -> None:

@@ -12,7 +12,17 @@ import pytest
 
 from raylab.base.world import World
 from raylab.store import stages
-from raylab.store.stages import FOLDER, VERSIONS, Stage, build_stage, name_stage, open_stage, read_info
+from raylab.store.stages import (
+    FOLDER,
+    VERSIONS,
+    Stage,
+    build_stage,
+    list_stages,
+    name_stage,
+    open_stage,
+    peek_key,
+    read_info,
+)
 
 KEY = {"texts": "abc", "size": 3}
 # spawn: a fork of a process that has threads, as pytest has after other tests, may crash.
@@ -43,6 +53,16 @@ def test_a_stage_is_built_once_and_found_again(tmp_path: Path) -> None:
     assert read_info(built.path) == {"rows": 7}
     assert json.loads((built.path / "stage.json").read_text())["key"] == KEY
     assert sorted(file.name for file in built.path.iterdir()) == ["first", "second", "stage.json"]
+
+
+def test_a_stage_tells_what_decided_it_and_is_listed_by_kind(tmp_path: Path) -> None:
+    for kind, number in (("corpus", 1), ("corpus", 2), ("embed", 3)):
+        build_stage(tmp_path, kind, {"number": number}, lambda folder: {})
+    names = list_stages(tmp_path, "corpus")
+    assert names == sorted(name_stage("corpus", {"number": number}) for number in (1, 2))
+    assert {peek_key(tmp_path, name)["number"] for name in names} == {1, 2}  # type: ignore[index]
+    assert peek_key(tmp_path, "corpus-none") is None
+    assert list_stages(tmp_path / "elsewhere", "corpus") == []
 
 
 def test_the_id_is_the_kind_the_key_and_the_version(monkeypatch: pytest.MonkeyPatch) -> None:

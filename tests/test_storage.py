@@ -32,8 +32,10 @@ from raylab.store.stages import (
     FOLDER,
     build_stage,
     find_stage,
+    list_stages,
     measure_stages,
     open_stage,
+    peek_key,
     peek_stage,
     prune_stage,
 )
@@ -336,6 +338,9 @@ def test_a_stage_is_built_once_on_all_machines(mirror):
     built = []
     first, b = build(mirror("a"), built), mirror("b")
     assert peek_stage(b, first.stage_id) == {"tokens": 7}
+    assert peek_key(b, first.stage_id) is not None
+    assert peek_key(b, first.stage_id) == peek_key(mirror("a"), first.stage_id)
+    assert (list_stages(b, "pretrain"), list_stages(b, "corpus")) == ([first.stage_id], [])
     assert not (b / FOLDER).exists()
     second = build(b, built)
     assert (built, second.reused, second.info) == ([1], True, first.info)

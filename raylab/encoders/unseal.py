@@ -15,7 +15,8 @@ from raylab.data.tokens import Vocabulary, open_tokens, store_tokens
 from raylab.evaluation.activations import STATES, Texts, join_texts, open_states, open_texts
 from raylab.evaluation.baselines import BASELINES, score_baselines
 from raylab.evaluation.cells import Inputs, score_draws
-from raylab.evaluation.evaluation import embed_rows, is_half, list_draws, name_weights, open_encoder, state_rows
+from raylab.evaluation.draws import list_draws
+from raylab.evaluation.evaluation import embed_rows, is_half, name_weights, open_encoder, state_rows
 from raylab.evaluation.probes import Rows
 from raylab.job.specs import Job, TrialSpec
 from raylab.results.tables import list_trials, now, write_rows

@@ -16,7 +16,7 @@ from sklearn.linear_model import LogisticRegression
 
 from raylab.data.corpus import TEST, TRAIN, VALIDATION, SplitCorpus, digest_column
 from raylab.data.labels import to_array
-from raylab.evaluation.evaluation import list_draws
+from raylab.evaluation.draws import list_draws
 from raylab.job.blocks import PARTS
 from raylab.job.specs import Job
 from raylab.measures.scores import list_confusions, list_scores

@@ -15,6 +15,7 @@ from raylab.base.identity import digest
 from raylab.base.noise import derive_seed
 from raylab.base.world import ALONE, World
 from raylab.evaluation.activations import Texts
+from raylab.evaluation.draws import Draw
 from raylab.evaluation.finetune import STATE, Tuning, count_tokens
 from raylab.evaluation.heads import Floats, Run, Trained, train_heads
 from raylab.evaluation.probes import LOGISTIC_C, Fit, Rows, fit_probe, list_steps, list_strengths, train_logistic
@@ -33,14 +34,6 @@ PART_STEPS = 1000
 # then need 15 to 40 % less each, whatever the encoder's size; at half of that the gain is gone, before any waiting for
 # gradients. A GPU is no quicker with less than a few thousand tokens: the number for it is an estimate.
 SHARED_TOKENS = {"cpu": 256, "cuda": 2048}
-
-
-class Draw(NamedTuple):
-    """One choice of training rows: `shots` a class (None: all), the `draw`-th, as rows of the task's table."""
-
-    shots: int | None
-    draw: int
-    rows: Ints
 
 
 class Inputs(NamedTuple):

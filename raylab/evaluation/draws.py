@@ -2,14 +2,35 @@
 
 import hashlib
 import json
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from raylab.data.corpus import TRAIN
 from raylab.data.labels import is_labelled
+from raylab.job.blocks import Evaluate
 
 IntArray = npt.NDArray[np.int64]
+
+
+class Draw(NamedTuple):
+    """One choice of training rows: `shots` a class (None: all), the `draw`-th, as rows of the task's table."""
+
+    shots: int | None
+    draw: int
+    rows: IntArray
+
+
+def list_draws(rows: dict[str, npt.NDArray[Any]], task: str, evaluate: Evaluate, seed: int) -> Iterator[Draw]:
+    """The draws of a task under a seed, the same for every arm. All training rows are one draw."""
+    train = np.flatnonzero(rows["part"] == TRAIN)
+    for shots in evaluate.shots:
+        number = None if shots == "full" else shots
+        for draw in range(evaluate.draws if number else 1):
+            chosen = draw_shots(rows["label"][train], rows["group"][train], number, seed=seed, task=task, draw=draw)
+            yield Draw(number, draw, train[chosen])
 
 
 def draw_shots(

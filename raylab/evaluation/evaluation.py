@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,14 +14,13 @@ from raylab.base.identity import digest
 from raylab.base.mistakes import InfeasibleError, JobError
 from raylab.base.noise import derive_seed
 from raylab.base.world import ALONE, World
-from raylab.data.corpus import TRAIN, VALIDATION, open_rows
+from raylab.data.corpus import VALIDATION, open_rows
 from raylab.data.tokens import TokenStore, Vocabulary, open_tokens
 from raylab.evaluation.activations import KEPT_BYTES, Texts, keep_states, open_states, open_texts, prune_states
-from raylab.evaluation.cells import Draw, Inputs, Part, score_draws
-from raylab.evaluation.draws import draw_shots
+from raylab.evaluation.cells import Inputs, Part, score_draws
+from raylab.evaluation.draws import list_draws
 from raylab.evaluation.finetune import STATE, Tuning
 from raylab.evaluation.probes import Rows
-from raylab.job.blocks import Evaluate
 from raylab.job.settings import list_boundaries
 from raylab.job.specs import TrialSpec
 from raylab.measures.geometry import Options, measure_geometry
@@ -46,16 +45,6 @@ def open_encoder(stage: Stage) -> nn.Module:
     """The encoder of a stage, ready to embed."""
     model, _ = load_encoder(str(stage.path / "encoder"))
     return model.to(choose_device()).eval()
-
-
-def list_draws(rows: dict[str, NDArray[Any]], task: str, evaluate: Evaluate, seed: int) -> Iterator[Draw]:
-    """The draws of a task under a seed, the same for every arm. All training rows are one draw."""
-    train = np.flatnonzero(rows["part"] == TRAIN)
-    for shots in evaluate.shots:
-        number = None if shots == "full" else shots
-        for draw in range(evaluate.draws if number else 1):
-            chosen = draw_shots(rows["label"][train], rows["group"][train], number, seed=seed, task=task, draw=draw)
-            yield Draw(number, draw, train[chosen])
 
 
 def evaluate_encoder(
@@ -281,7 +270,7 @@ def state_rows(
 def name_weights(spec: TrialSpec, encoder: str) -> str:
     """What names the weights that embed, of an encoder's stage: where none was trained or drawn, they have no seed."""
     untouched = spec.settings.pretrain.objective == "none" and spec.encoder_path is not None
-    return name_start(spec) if untouched else encoder
+    return name_start(spec.encoder_digest) if untouched else encoder
 
 
 def is_half(spec: TrialSpec) -> bool:

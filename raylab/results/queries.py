@@ -1,6 +1,8 @@
 """Reading the result tables: SQL over all jobs, states, and arms ranked. Without torch, Ray or scikit-learn."""
 
 import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,6 +20,20 @@ if TYPE_CHECKING:
 
     import duckdb
     import pyarrow as pa
+
+
+# What `hold_tables` has read: (results, job, table, trials or None) -> its rows; None where nothing is held.
+_held: ContextVar["dict[Any, pa.Table] | None"] = ContextVar("held", default=None)
+
+
+@contextlib.contextmanager
+def hold_tables() -> Iterator[None]:
+    """Within it `open_tables` of a job reads each table once: all that is asked is told of the rows of that moment."""
+    token = _held.set({})
+    try:
+        yield
+    finally:
+        _held.reset(token)
 
 
 def open_tables(
@@ -85,10 +101,25 @@ def _read(
     """A table's rows. Raises JobError at a file that is damaged: an answer without it would be another one."""
     from raylab.results.snapshot import read_table
 
+    held = _held.get()
     try:
-        return read_table(results, table, job, trials, columns)
+        if held is None or job is None or columns is not None:
+            return read_table(results, table, job, trials, columns)
+        whole, chosen = ((results, job, table, some) for some in (None, None if trials is None else frozenset(trials)))
+        if whole not in held:
+            held[whole] = read_table(results, table, job)
+        if chosen not in held:
+            held[chosen] = _choose(held[whole], trials or ())
+        return held[chosen]
     except DamagedError as error:
         raise JobError([str(error)]) from None
+
+
+def _choose(rows: "pa.Table", trials: "Collection[str]") -> "pa.Table":
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    return rows.filter(pc.is_in(rows["trial_id"], value_set=pa.array(list(trials), pa.string())))
 
 
 def query(results: Path, sql: str) -> "pa.Table":

@@ -14,7 +14,7 @@ from raylab.base.mistakes import JobError
 from raylab.job.specs import Job
 from raylab.measures.definitions import BINS, DEFINITIONS
 from raylab.results.queries import list_ranked, open_tables
-from raylab.statistics.analysis import default_target, list_arms
+from raylab.statistics.analysis import Arms, default_target, list_arms
 
 Floats = npt.NDArray[np.float64]
 RESAMPLES = 1000
@@ -34,33 +34,49 @@ class Correlation(NamedTuple):
     verdict: str
 
 
-def spearman(x: Floats, y: Floats) -> Floats:
-    """Spearman's rho of each row of x[R, N] and y[R, N], ties at mean ranks; NaN where one is constant."""
-    a, b = (stats.rankdata(values, axis=1) for values in (x, y))
-    a, b = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
-    scale = np.sqrt((a * a).sum(1) * (b * b).sum(1))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        found: Floats = np.where(scale > 0, (a * b).sum(1) / scale, np.nan)
-    return np.clip(found, -1.0, 1.0)
+def spearman(x: Floats, y: Floats) -> float:
+    """Spearman's rho of x[N] and y[N], ties at mean ranks; NaN where one is constant, or for under two."""
+    if len(x) < 2:
+        return math.nan
+    a, b = (_rank(np.asarray(values, dtype=np.float64).tobytes()) for values in (x, y))
+    scale = math.sqrt((a * a).sum() * (b * b).sum())
+    return min(1.0, max(-1.0, float((a * b).sum()) / scale)) if scale > 0 else math.nan
 
 
-@functools.lru_cache(64)
+@functools.lru_cache(4)
+def _draw_resamples(num: int) -> npt.NDArray[np.int64]:
+    """The resamples of so many arms, of a fixed seed: rows of arms [R, N]."""
+    return np.random.default_rng(0).integers(0, num, (RESAMPLES, num))
+
+
+# Kept, as in a job each score is resampled for every metric: of 50 arms these are 50 MB.
+@functools.lru_cache(256)
 def _rank_resamples(values: bytes) -> npt.NDArray[np.float32]:
     """Ranks [R, N] of float64 values [N] in each resample, less their mean and of length 1; NaN where all are equal.
 
-    Kept: in a job each score is resampled for every metric.
+    Each value's rank follows from how often it and smaller ones were drawn: nothing is sorted again.
     """
-    x = np.frombuffer(values)
-    ranks = stats.rankdata(x[np.random.default_rng(0).integers(0, len(x), (RESAMPLES, len(x)))], axis=1)
+    distinct, codes = np.unique(np.frombuffer(values), return_inverse=True)
+    drawn = codes[_draw_resamples(len(codes))]
+    places = drawn + len(distinct) * np.arange(len(drawn))[:, None]
+    counts = np.bincount(places.ravel(), minlength=len(drawn) * len(distinct)).reshape(len(drawn), -1)
+    ranks = (counts.cumsum(axis=1) - (counts - 1) / 2).ravel()[places]
     ranks -= ranks.mean(1, keepdims=True)
     length = np.sqrt((ranks * ranks).sum(1, keepdims=True))
     return np.where(length > 0, ranks / np.where(length > 0, length, 1.0), np.nan).astype(np.float32)
 
 
+@functools.lru_cache(256)
+def _rank(values: bytes) -> Floats:
+    """Ranks [N] of float64 values [N], less their mean."""
+    ranks = stats.rankdata(np.frombuffer(values))
+    found: Floats = ranks - ranks.mean()
+    return found
+
+
 def correlate_arms(x: Floats, y: Floats, scope: str = ALL) -> Correlation:
     """Spearman's rho of x[N] and y[N], with a percentile interval over 1,000 resamples of the arms, of a fixed seed."""
-    num = len(x)
-    rho = float(spearman(x[None], y[None])[0]) if num > 1 else math.nan
+    num, rho = len(x), spearman(x, y)
     if num < FEWEST_ARMS:
         return Correlation(
             scope, num, rho, math.nan, math.nan, f"too few arms: {FEWEST_ARMS} are needed for an interval"
@@ -69,7 +85,7 @@ def correlate_arms(x: Floats, y: Floats, scope: str = ALL) -> Correlation:
         return Correlation(scope, num, rho, math.nan, math.nan, "does not vary over the arms")
     a, b = (_rank_resamples(np.asarray(values, dtype=np.float64).tobytes()) for values in (x, y))
     resampled = np.einsum("rn,rn->r", a, b)
-    low, high = (float(end) for end in np.nanpercentile(resampled, [2.5, 97.5]))
+    low, high = (float(end) for end in np.percentile(resampled[~np.isnan(resampled)], [2.5, 97.5]))
     verdict = "covers 0" if low <= 0 <= high else "rises with the score" if rho > 0 else "falls with the score"
     return Correlation(scope, num, rho, low, high, verdict)
 
@@ -117,25 +133,28 @@ def _find_breaks(whole: Correlation, inner: Correlation, single: Sequence[Correl
     return found
 
 
-def correlate_job(results: Path, job: Job, metric: str | None = None) -> list[dict[str, Any]]:
+def correlate_job(results: Path, job: Job, metric: str | None = None, arms: Arms | None = None) -> list[dict[str, Any]]:
     """A row for each geometry metric, score of the same task, and scope: mean over seeds and draws, ranked arms.
 
     Scores are those of `metric` (by default the one in which arms are compared) at every number of shots, freeze depth
-    and probe. Raises JobError where there are none.
+    and probe. `arms` is what `list_arms` gives, where it is known already. Raises JobError where there are none.
     """
     metric = metric or default_target(job).metric
-    arms, ranked = list_arms(results, job), [row["trial_id"] for row in list_ranked(results, job.name)]
+    arms = arms or list_arms(results, job)
+    ranked = [row["trial_id"] for row in list_ranked(results, job.name)]
     connection = open_tables(results, "trials geometry scores", job.name, ranked)
     condition = "job = ? and s.split = 'validation' and s.rung = t.num_rungs and s.value is not null"
     geometry = _gather(connection.execute(
         f"""select t.arm, avg(s.value), s.task, s.metric, s.parameter
             from geometry s join trials t using (job, trial_id)
-            where {condition} and not isnan(s.value) group by all order by all""", [job.name],
+            where {condition} and not isnan(s.value)
+            group by all order by s.task, s.metric, s.parameter, t.arm""", [job.name],
     ).fetchall(), arms.rows)  # fmt: skip
     scores = _gather(connection.execute(
         f"""select t.arm, avg(s.value), s.task, s.shots, s.frozen_layers, s.probe, s.class
             from scores s join trials t using (job, trial_id)
-            where {condition} and not isnan(s.value) and s.metric = ? group by all order by all""", [job.name, metric],
+            where {condition} and not isnan(s.value) and s.metric = ?
+            group by all order by s.task, s.class, s.shots, s.frozen_layers, s.probe, t.arm""", [job.name, metric],
     ).fetchall(), arms.rows)  # fmt: skip
     geometry = {key: values for key, values in geometry.items() if DEFINITIONS.get(key[1]) is None
                 or DEFINITIONS[key[1]].parameter != BINS}  # fmt: skip

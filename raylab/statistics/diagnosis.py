@@ -6,12 +6,15 @@ All from the tables: means over the complete trials of an arm, at the last rung,
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from raylab.base.mistakes import JobError
 from raylab.job.settings import SETTINGS, label_values
 from raylab.measures.definitions import DEFINITIONS
 from raylab.results.queries import find_job, open_tables
+
+if TYPE_CHECKING:
+    import duckdb
 
 # The most that a collapsed space keeps of what Gaussian vectors have.
 COLLAPSED_RANK = 0.1
@@ -83,10 +86,11 @@ def diagnose_job(results: Path, name: str) -> list[dict[str, Any]]:
     lists. Raises JobError for an unknown job, or one without a complete trial.
     """
     find_job(results, name)
-    numbers = _read_numbers(results, name)
+    connection = open_tables(results, "trials geometry scores curves", name)
+    numbers = _read_numbers(connection)
     if not numbers:
         raise JobError([f"diagnose: {name} has no complete trial with geometry yet; run it first"])
-    rows, labels = [], _label_arms(results, name)
+    rows, labels = [], _label_arms(connection)
     for (arm, task), values in sorted(numbers.items()):
         for signature, (rule, needs, holds) in SIGNATURES.items():
             known = {need: values[need] for need in needs if not math.isnan(values.get(need, math.nan))}
@@ -99,9 +103,8 @@ def diagnose_job(results: Path, name: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _read_numbers(results: Path, name: str) -> dict[tuple[str, str], dict[str, float]]:
+def _read_numbers(connection: "duckdb.DuckDBPyConnection") -> dict[tuple[str, str], dict[str, float]]:
     """(arm, task) -> name -> number. The names are those that SIGNATURES need."""
-    connection = open_tables(results, "trials geometry scores curves", name)
     condition = "s.split = 'validation' and s.rung = t.num_rungs and t.status = 'complete'"
     found: dict[tuple[str, str], dict[str, float]] = {}
     # Of the metrics with several parameters the largest counts: the last row of each wins.
@@ -147,16 +150,12 @@ def _read_numbers(results: Path, name: str) -> dict[tuple[str, str], dict[str, f
     return found
 
 
-def _label_arms(results: Path, name: str) -> dict[str, str]:
+def _label_arms(connection: "duckdb.DuckDBPyConnection") -> dict[str, str]:
     """What sets each arm apart for people: settings in which the arms that read them differ."""
     columns = ", ".join(f'any_value("{setting}")' for setting in SETTINGS)
-    rows = (
-        open_tables(results, "trials", name)
-        .execute(
-            f"select arm, {columns} from trials where status = 'complete' and arm not like 'baseline:%' group by arm"
-        )
-        .fetchall()
-    )
+    rows = connection.execute(
+        f"select arm, {columns} from trials where status = 'complete' and arm not like 'baseline:%' group by arm"
+    ).fetchall()
     differ = [index for index in range(len(SETTINGS)) if len({row[index + 1] for row in rows} - {None}) > 1]
     names = list(SETTINGS)
     return {row[0]: label_values({names[index]: row[index + 1] for index in differ}) for row in rows}

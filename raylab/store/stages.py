@@ -111,6 +111,12 @@ def peek_stage(results: Path, stage_id: str) -> dict[str, Any] | None:
     return None if note is None else note["info"]
 
 
+def peek_key(results: Path, stage_id: str) -> dict[str, Any] | None:
+    """What decided the result of a stage, or None where the stage is gone; nothing is fetched."""
+    note = _read_note(results / FOLDER / stage_id) or _ask_note(results, stage_id)
+    return None if note is None else note["key"]
+
+
 @contextlib.contextmanager
 def _placing(results: Path, path: Path) -> Iterator[None]:
     """Alone on this machine in putting a stage of a mirror into its place."""
@@ -346,6 +352,13 @@ def _prune_local(path: Path, drop: Collection[str]) -> int:
             freed += (path / name).stat().st_size
             (path / name).unlink(missing_ok=True)
     return freed
+
+
+def list_stages(results: Path, kind: str) -> list[str]:
+    """The ids of the stages of a kind, here or at the URL that the results mirror."""
+    there = storage.measure(results, FOLDER)
+    names = [path.parent.name for path in (results / FOLDER).glob(f"{kind}-*/stage.json")] if there is None else there
+    return sorted(name for name in names if name.startswith(f"{kind}-"))
 
 
 def measure_stages(results: Path, stage_ids: Collection[str]) -> int:

@@ -135,7 +135,7 @@ def measure_rung(spec: TrialSpec, data: Data, chain: Sequence[Link], rung: int, 
     retrieval, given = spec.settings.evaluate.retrieval, rung == 0 and spec.encoder_path is not None
     headless = given and is_headless(spec)
     key = {
-        "encoder": name_start(spec) if given else chain[rung].stage_id,
+        "encoder": name_start(spec.encoder_digest) if given else chain[rung].stage_id,
         "data": data_key(spec),
         "max_length": spec.settings.corpus.max_length,
         "retrieval": retrieval.model_dump(),

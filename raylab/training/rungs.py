@@ -42,9 +42,9 @@ def start_key(spec: TrialSpec) -> dict[str, Any]:
     }
 
 
-def name_start(spec: TrialSpec) -> str:
+def name_start(encoder_digest: str) -> str:
     """What names the weights below the head of an encoder that starts from others: no seed draws any of them."""
-    return f"start-{spec.encoder_digest}"
+    return f"start-{encoder_digest}"
 
 
 def list_rungs(spec: TrialSpec) -> list[Link]:
