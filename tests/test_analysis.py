@@ -215,7 +215,7 @@ def test_plan_counts_the_seeds_of_a_confirmation(make_job):
     found = plan_comparisons(make_search(make_job, "winner vs base"))
     assert (found["seeds"], found["family"]) == (3, 1)
     assert tell_comparisons(found).startswith(
-        "comparisons: 3 seeds an arm; needed at least: 6 for the primary one, 6 for 1 exploratory ones; "
+        "comparisons: 3 seeds an arm; needed at least: 6 for the primary one, 6 for 1 exploratory one; "
     )
     assert found["warnings"][0].startswith(
         "search.confirm.seeds: 3 can't show the primary comparison (p is never under 0.25)"

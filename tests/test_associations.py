@@ -87,6 +87,14 @@ def test_the_strongest_is_told_with_how_many_were_looked_at(make_study):
     assert f"{num - MOST_DRAWN} more are in the table" in plot.alt
 
 
+def test_no_more_than_by_chance_is_said_to_show_nothing(make_study):
+    study, _ = make_study(24)
+    section = tell_associations(study._replace(cell=study.cell | {"shots": None}))  # a score of noise
+    [plot] = [part for part in section.parts if isinstance(part, Plot)]
+    assert sum(row["low"] > 0 or row["high"] < 0 for row in plot.rows) <= 1
+    assert section.lead[0].endswith("about 1: no more than that, so no metric is shown to go with the score.")
+
+
 def test_one_objective_has_nothing_within(make_study):
     section = tell_associations(make_study(8, ("mlm",))[0])
     [table] = [part for part in section.parts if isinstance(part, Table)]

@@ -43,6 +43,11 @@ def make_study(make_job, tmp_path):
     return make
 
 
+def test_a_metric_of_another_version_is_passed_over(make_study):
+    section = tell_failures(make_study({1e-3: HEALTHY, 1e-2: COLLAPSED | {"later_metric": (1.0, 2.0)}}))
+    assert section.lead[0].startswith("1 of 2 arms show a signature of failure: collapse (1), counted")
+
+
 def test_what_is_found_is_told_with_its_evidence_and_first(make_study):
     section = tell_failures(make_study({1e-3: HEALTHY, 1e-2: COLLAPSED}))
     assert section.lead[0].startswith("1 of 2 arms show a signature of failure: collapse (1), counted")

@@ -91,6 +91,18 @@ def test_what_only_some_arms_read_is_compared_among_those(make):
     assert ped == set(order_space(job))
 
 
+def test_a_part_of_several_objectives_is_not_taken_for_all_arms(make):
+    space = {"pretrain.objective": ["none", "mlm", "declutr"], "pretrain.learning_rate": FLAT["pretrain.learning_rate"],
+             "pretrain.weight_decay": FLAT["pretrain.weight_decay"]}  # fmt: skip
+    job = make(space)
+    found = [(values, float(number)) for number, values in enumerate(draw_points(job, 60))]
+    trained = [values for values, _ in found if values["pretrain.objective"] != "none"]
+    rows = compute_importances(job, found, mode="max", target="x")
+    sizes = {(row.within, row.num_arms) for row in rows if row.method == "fANOVA"}
+    assert sizes == {("", 60), ("those that read learning_rate, weight_decay", len(trained))}
+    share(rows, "fANOVA", "pretrain.objective")  # one row: those of the part bear its name
+
+
 def write_search(job, folder, num, value_of):
     for number, values in enumerate(draw_points(job, num)):
         row = {

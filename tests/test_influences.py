@@ -8,9 +8,11 @@ import pytest
 
 from raylab.job.designs import list_points
 from raylab.job.settings import list_settings, resolve_target, with_settings
+from raylab.report.conclusions import tell_arms
 from raylab.report.drawing import render
 from raylab.report.influences import compute_means, tell_effects
-from raylab.report.parts import MissingError, Plot, Study
+from raylab.report.origins import tell_provenance
+from raylab.report.parts import MissingError, Plot, Study, Table
 from raylab.report.searches import tell_search
 from raylab.report.surfaces import tell_spans
 from raylab.results.tables import write_rows
@@ -223,13 +225,15 @@ def test_importances_are_told_by_both_methods_and_as_no_ablation(search, study_o
     job, _, _ = search(40)
     section = tell_search(study_of(job))
     assert "not an ablation" in section.lead[0]
+    cell = "task=severity, metric=f1_macro, shots=2, frozen_layers=all, probe=logistic"
+    assert section.lead[1].startswith(f"Values here are of {cell}, on the search's seeds: those of the best are too")
     plot = plots_of(section)["importances"]
     largest = {}
     for row in plot.rows:
         largest.setdefault(row["method"], (row["setting"], row["importance"]))
     assert {setting for setting, _ in largest.values()} == {HOT}
     for method, (_, share) in largest.items():
-        assert f"temperature ({share:.2f} of 1) by {method}" in section.lead[1]
+        assert f"temperature ({share:.2f} of 1) by {method}" in section.lead[2]
         assert f"{method}: temperature {share:.2f}" in plot.alt
         assert any(part.startswith(f"{method}: ") and "not an ablation" in part for part in section.parts[:2])
     bars = [bar for container in plot.figure.axes[0].containers for bar in container]
@@ -297,6 +301,25 @@ def test_freeze_depths_are_levels_and_the_best_are_those_of_the_searched_target(
     assert {"all", "1", "none"} <= set(texts)
     assert [row["confirmed_rank"] for row in plot.rows] == [None, None, 1, None, None, 2]
     assert "Thick: 1. confirmed 0.400: " in plot.alt
+
+
+def test_a_narrow_range_keeps_its_axis(search, study_of):
+    job, _, _ = search(12, space={HOT: {"low": 0.06, "high": 0.09, "log": True}, ANCHORS: [1, 2]})
+    plot = plots_of(tell_search(study_of(job)))["search-coordinates"]
+    segments = np.array(plot.figure.axes[0].collections[0].get_segments())
+    assert segments.shape == (12, 3, 2)
+    assert {"0.06", "0.09"} <= {text.get_text() for text in plot.figure.axes[0].texts}
+
+
+def test_ranked_trials_and_seeds_are_those_of_the_confirmation(search, write, study_of):
+    job, _, _ = search(6)
+    listed = {part.name: part for part in tell_provenance(study_of(job)).parts if isinstance(part, Table)}["trials"]
+    assert {row["phase"] for row in listed.rows} == {"confirm"}
+    assert len(listed.rows) == 4 * 2
+    told = tell_arms(study_of(job)).lead
+    assert len(told) == 1
+    write(job, {}, "base", 3, [0.4], "confirm")
+    assert tell_arms(study_of(job)).lead[1].startswith("The arms have 2 to 3 seeds")
 
 
 def test_few_arms_have_lines_and_no_importances(search, study_of):

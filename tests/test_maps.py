@@ -12,7 +12,7 @@ from raylab.data.synth import write_notes
 from raylab.data.tokens import Vocabulary, open_tokens
 from raylab.evaluation.evaluation import open_encoder
 from raylab.job.settings import resolve_target
-from raylab.report.maps import MOST_CLASSES, MOST_POINTS, choose_rows, find_apart, share_between, tell_maps
+from raylab.report.maps import MOST_CLASSES, MOST_POINTS, choose_rows, find_apart, project, share_between, tell_maps
 from raylab.report.page import write_page
 from raylab.report.parts import MissingError, Plot, Study, Table
 from raylab.runs.preparation import find_last_rung, make_spec, prepare
@@ -215,6 +215,14 @@ def test_the_share_between_classes_ignores_others():
     x = np.array([[0.0, 0], [0, 2], [4, 0], [4, 2], [99, 99]])
     assert share_between(x, np.array([0, 0, 1, 1, -1])) == pytest.approx(16 / 20)
     assert np.isnan(share_between(x[:1].repeat(3, axis=0), np.array([0, 0, 1])))
+
+
+def test_a_row_without_an_embedding_does_not_end_the_map():
+    x = np.random.default_rng(0).normal(size=(30, 4))
+    x[3] = 0.0
+    found = project(None, x, np.repeat([0, 1], 15))
+    assert np.isfinite(found.places).all()
+    assert np.isfinite(found.between)
 
 
 def test_numbers_stand_only_at_means_that_are_apart():

@@ -125,7 +125,8 @@ def test_the_declared_question_and_its_verdict_come_first(report):
     page = html.unescape(read_page(report))
     first = page.partition('id="question"')[2].partition("</section>")[0]
     asked, verdict = re.findall(r"<p>(.*?)</p>", first)[:2]
-    assert asked == "Asked before the data were seen: objective=none vs objective=mlm at shots=4?"
+    assert asked == "Declared in the job file (analysis.primary): objective=none vs objective=mlm at shots=4?"
+    assert "before the data were seen, the tables can't tell" in first
     # Three seeds can't show anything.
     assert verdict.startswith("Primary: Not shown that objective=none and objective=mlm differ")
     assert "3 seeds can't show it, as p is never under 0.25" in verdict
@@ -188,12 +189,14 @@ def test_counts_under_ten_are_told_nowhere(results, tmp_path):
         "look_above": 0.001, "problem_above": 0.01,
     }  # fmt: skip
     write_rows(
-        copied, "tiny", "hygiene", "corpus", [row, row | {"class": "label=common", "num_rows": 12, "value": 0.5}]
-    )
+        copied, "tiny", "hygiene", "corpus",
+        [row, row | {"class": "label=common", "num_rows": 12, "value": 0.5},
+         row | {"class": "label=tiny", "num_rows": 0, "num_checked": 6, "share": 0.0, "value": 0.0}],
+    )  # fmt: skip
     assert call("report", "tiny", "--results", str(copied), "--output", str(tmp_path / "out")) == 0
-    rare, common = sorted(read_csv(tmp_path / "out" / "tables" / "hygiene.csv"), key=lambda row: row["rows"])[::-1]
-    if rare["class"] != "label=rare":
-        rare, common = common, rare
+    listed = {row["class"]: row for row in read_csv(tmp_path / "out" / "tables" / "hygiene.csv")}
+    rare, common, small = (listed[f"label={name}"] for name in ("rare", "common", "tiny"))
+    assert (small["rows"], small["checked"]) == ("0", "<10")
     assert (rare["rows"], rare["share"], rare["value"]) == ("<10", "", "")
     assert (common["rows"], common["value"]) == ("12", "0.5")
 

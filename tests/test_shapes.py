@@ -176,6 +176,12 @@ def test_one_arm_alone_is_shown_once(make_study, tmp_path):
     assert page.count("<img") == len([part for part in section.parts if isinstance(part, Plot)]) == 2
 
 
+def test_of_one_class_no_pair_is_said_to_lie_between_classes(make_study, monkeypatch):
+    monkeypatch.setattr("test_shapes.LABELS", np.zeros(120, dtype=np.int64))
+    plot = find_parts(tell_shapes(make_study(["mlm"])))["cosines"]
+    assert plot.alt.endswith("between classes there are none.")
+
+
 def test_without_geometry_it_is_missing(make_study):
     with pytest.raises(MissingError, match="no ranked arm has geometry of severity"):
         tell_shapes(make_study(["mlm"], with_geometry=False))

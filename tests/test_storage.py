@@ -525,6 +525,9 @@ def test_the_commands_at_a_url_give_what_they_give_in_a_folder(job, url, unbroke
     assert "far is not running" in call("stop", "far", "--results", url, cache=cache, check=2).stderr
     results = mirror("b")
     assert read_values(results) == unbroken
+    # The report, too: its job file is at no path, so the command to run a trial again is of the one in the page.
+    page = Path(call("report", "far", "--results", url, "--output", str(tmp_path / "told"), cache=cache).stdout.strip())
+    assert "raylab run far.yaml --results again" in page.read_text()
     # Another machine has nothing to do, and makes no stage anew.
     call("resume", "far", "--here", "--results", url, cache=tmp_path / "c")
     assert list_remote(url, FOLDER) == {name: at for name, at in there.items() if name.startswith(FOLDER)}

@@ -37,7 +37,8 @@ def tell_associations(study: Study) -> Section:
     first, shown = here[0], sum(map(_leaves_out_zero, here))
     lead = [
         f"{len(here)} geometry metrics were set against {named} over {first['num_arms']} arms: {shown} of their "
-        f"intervals leave out 0, where by chance alone one in 20 would, about {len(here) * CHANCE:.0f}.",
+        f"intervals leave out 0, where by chance alone one in 20 would, about {len(here) * CHANCE:.0f}"
+        + ("." if shown > len(here) * CHANCE else ": no more than that, so no metric is shown to go with the score."),
         f"The strongest is {_name(first)}, Spearman's rho {_tell(first)}: {first['verdict']}. It is the strongest of "
         f"{len(here)}, so it looks stronger than it is.",
     ]
@@ -48,6 +49,8 @@ def tell_associations(study: Study) -> Section:
         "together. 'Within objectives' takes each objective's mean out: what is gone there was a difference between "
         "objectives. No cause is shown."
     )
+    if study.target.mode == "min":
+        about += f" Lower {metric} is better: a space's metric that falls with it goes with better arms."
     if len(tried) > len(here):
         about += (
             f" Over all tasks, shots, freeze depths and probes {len(tried):,} pairs were looked at, of which "

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from raylab.base.mistakes import JobError
 from raylab.job.designs import FIXED
 from raylab.job.settings import resolve_target
 from raylab.report.drawing import start_figure, wrap_label
@@ -18,9 +19,12 @@ MOST_DRAWN = 30
 def tell_question(study: Study) -> Section:
     """What the job asked, the verdict in words, and every comparison behind it."""
     job = study.job
-    verdicts, notes = analyse_job(study.results, job, study.target)
+    try:
+        verdicts, notes = analyse_job(study.results, job, study.target)
+    except JobError as error:  # the other sections still tell what there is
+        verdicts, notes = [], list(error.problems)
     if job.analysis.primary is not None:
-        asked = f"Asked before the data were seen: {job.analysis.primary}?"
+        asked = f"Declared in the job file (analysis.primary): {job.analysis.primary}?"
     else:
         asked = f"Asked: which of {len(study.arms.rows)} arms is best at {tell_cell(study.cell)}?"
     told = tell_verdicts(verdicts)
@@ -29,13 +33,16 @@ def tell_question(study: Study) -> Section:
     rows = list_verdicts(verdicts)
     columns = {
         "role": "part", "label_a": "A", "label_b": "B", "num_seeds": "seeds", "difference": "A - B", "low": "low",
-        "high": "high", "p": "p", "p_holm": "p, Holm", "superiority": "P(A > B)", "seeds_needed": "seeds to decide",
+        "high": "high", "p": "p", "p_holm": "p, Holm", "superiority": "A won", "seeds_needed": "seeds to decide",
     }  # fmt: skip
     about = (
         f"Compared at {tell_cell(study.cell)}, on validation. The seed is the unit: draws are averaged within it and "
         "arms are paired on shared seeds. Intervals are of 95 %: Student's t below 20 seeds, BCa from 20 on; p is of "
-        "the sign-flip test, with Holm's correction over the exploratory comparisons."
+        "the sign-flip test, with Holm's correction over the exploratory comparisons. A won: the share of the shared "
+        f"seeds on which A is better, which is {'lower' if study.target.mode == 'min' else 'higher'}."
     )
+    if job.analysis.primary is not None:
+        about += " Whether the primary comparison was declared before the data were seen, the tables can't tell."
     given = name_given(job)
     limits = f"All of it is said {given}: other splits were not tried." if given else "Splits vary with the seed."
     parts: list[Part] = [about, limits, *(f"{note[0].upper()}{note[1:]}." for note in notes)]
@@ -59,12 +66,20 @@ def tell_arms(study: Study) -> Section:
         "rank": "rank", "label": "arm", "mean": "mean", "low": "low", "high": "high", "num_seeds": "seeds",
         "difference": "to base", "difference_low": "low", "difference_high": "high",
     }  # fmt: skip
-    what = "confirmed arms" if job.search.design not in FIXED else "arms"
+    own = [row for row in ranked if not row.arm.startswith(BASELINE)]
+    what = f"{'confirmed ' * (job.search.design not in FIXED)}arm{'s' * (len(own) != 1)}"
     lead = [
-        f"{len(study.arms.rows)} {what} at {tell_cell(study.cell)}, best mean over seeds first"
+        f"{len(own)} {what} at {tell_cell(study.cell)}, best mean over seeds first"
         + (" (lower is better)." if study.target.mode == "min" else ".")
-        + " Overlapping intervals do not mean that arms are equal, as they are compared in pairs."
+        + " Overlapping intervals do not mean that arms are equal, as they are compared in pairs; and an interval to "
+        "the base without 0 shows nothing alone, as it is not corrected for the number of arms: the comparisons above "
+        "tell what is shown."
     ]
+    fewest, most = (pick(row.value.num_seeds for row in own) for pick in (min, max))
+    if fewest < most:
+        lead.append(
+            f"The arms have {fewest} to {most} seeds: means over other seeds do not compare, and the order may change."
+        )
     plot = _draw_ranking(study, ranked, rows)
     front = _table_front(study)
     return Section(
@@ -76,8 +91,9 @@ def _row(study: Study, place: int, row: RankedArm) -> dict[str, Any]:
     settings = study.arms.rows.get(row.arm, {})
     low, high = _ends(row.value)
     found: dict[str, Any] = {
-        "rank": place, "arm": row.arm, "label": _label(study, row), "mean": row.value.mean, "low": low, "high": high,
-        "num_seeds": row.value.num_seeds, "difference": None, "difference_low": None, "difference_high": None,
+        "rank": place, "arm": row.arm, "label": name_arm(study, row.arm), "mean": row.value.mean, "low": low,
+        "high": high, "num_seeds": row.value.num_seeds, "difference": None, "difference_low": None,
+        "difference_high": None,
     }  # fmt: skip
     if row.difference is not None:
         low, high = _ends(row.difference)
@@ -89,16 +105,10 @@ def _ends(interval: Interval) -> tuple[float | None, float | None]:
     return (None, None) if math.isnan(interval.low) else (interval.low, interval.high)
 
 
-def _label(study: Study, row: RankedArm) -> str:
-    if row.arm.startswith(BASELINE):
-        return f"{row.arm.removeprefix(BASELINE)} (baseline)"
-    return name_arm(study, row.arm)
-
-
 def _draw_ranking(study: Study, ranked: list[RankedArm], rows: list[dict[str, Any]]) -> Plot:
     own = [row for row in ranked if not row.arm.startswith(BASELINE)][:MOST_DRAWN]
     lines = [row for row in ranked if row.arm.startswith(BASELINE)]
-    names = [wrap_label(_label(study, row), 46) for row in own]
+    names = [wrap_label(name_arm(study, row.arm), 46) for row in own]
     tallest = max(name.count("\n") for name in names) + 1
     figure, panels = start_figure(height=0.9 + (0.14 + 0.15 * tallest) * len(own))
     panel = panels[0, 0]
@@ -110,7 +120,7 @@ def _draw_ranking(study: Study, ranked: list[RankedArm], rows: list[dict[str, An
                    markerfacecolor="white" if is_base else "black")  # fmt: skip
     for number, row in enumerate(lines):
         panel.axvline(row.value.mean, color="#595959", linestyle=("--", ":", "-.")[number % 3], linewidth=1.2,
-                      label=_label(study, row))  # fmt: skip
+                      label=name_arm(study, row.arm))  # fmt: skip
     panel.set_yticks(range(len(own)), names)
     panel.set_ylim(len(own) - 0.5, -0.5)
     panel.set_xlabel(f"{study.cell['metric']}, mean over seeds and 95 % interval; hollow: the base arm")
@@ -119,9 +129,9 @@ def _draw_ranking(study: Study, ranked: list[RankedArm], rows: list[dict[str, An
         figure.legend(loc="outside upper right", ncols=len(lines))
     first, last, left = own[0], own[-1], len(ranked) - len(lines) - len(own)
     alt = (
-        f"{len(own)} arms from {_label(study, first)} with {first.value.mean:.3f} down to {_label(study, last)} with "
-        f"{last.value.mean:.3f}"
-        + "".join(f"; {_label(study, row)} at {row.value.mean:.3f}" for row in lines)
+        f"{len(own)} arms, best first, from {name_arm(study, first.arm)} with {first.value.mean:.3f} to "
+        f"{name_arm(study, last.arm)} with {last.value.mean:.3f}"
+        + "".join(f"; {name_arm(study, row.arm)} at {row.value.mean:.3f}" for row in lines)
         + (f"; {left} more arms are in the table." if left else ".")
     )  # fmt: skip
     return Plot("arms-ranked", f"Arms by {study.cell['metric']}", alt, figure, rows)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 GREYS = ("#000000", "#595959", "#8c8c8c", "#b3b3b3")
@@ -28,6 +29,8 @@ STYLE = {
     # Drawn as shapes: the page holds a figure as a picture, which takes no fonts along.
     "svg.fonttype": "path",
     "svg.hashsalt": "raylab",
+    # Labels are data: two dollar signs in one are no formula.
+    "text.parse_math": False,
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
 }
@@ -58,6 +61,14 @@ def list_styles() -> Iterator[dict[str, str]]:
 def wrap_label(text: str, width: int = 38) -> str:
     """A label on lines that fit beside an axis."""
     return "\n".join(textwrap.wrap(text, width, break_long_words=True)) or text
+
+
+def label_powers(axis: "Axis") -> None:
+    """Plain numbers along a logarithmic axis: its own are formulas, which `STYLE` turns off."""
+    from matplotlib.ticker import LogFormatter
+
+    axis.set_major_formatter(LogFormatter())
+    axis.set_minor_formatter(LogFormatter(labelOnlyBase=True))
 
 
 def write_values(

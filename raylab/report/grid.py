@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from raylab.base.counts import FEWEST, show_count
 from raylab.job.specs import Target
-from raylab.report.drawing import SHADES, list_styles, start_figure, wrap_label, write_values
+from raylab.report.drawing import SHADES, label_powers, list_styles, start_figure, wrap_label, write_values
 from raylab.report.parts import MissingError, Part, Plot, Section, Study, Table, ask, name_arm
 from raylab.results.queries import list_ranked, open_tables
 from raylab.results.ranking import BASELINE, compute_interval
@@ -35,7 +36,7 @@ def tell_grid(study: Study) -> Section:
     parts: list[Part] = []
     depths, shots = list_depths(own), _list_shots(own)
     if len(depths) > 1 or len(shots) > 1:
-        parts.append(_draw_maps(study, own, arms[:MOST_MAPS], what))
+        parts.append(_draw_maps(study, own, arms, what))
     if len(shots) > 1:
         parts.append(_draw_shots(study, rows, arms, what))
     if len({row["parameters_updated"] for row in own}) > 1:
@@ -47,7 +48,7 @@ def tell_grid(study: Study) -> Section:
     lead = [
         f"{what}, on validation: mean over seeds, draws averaged within each. Shots are labelled examples a class; "
         "'full' is every training row. Frozen layers: 'all' trains a classifier on fixed embeddings, 'none' the whole "
-        "encoder."
+        "encoder." + (" Lower is better." if study.target.mode == "min" else "")
     ]
     if len(shots) == 1 and len(depths) == 1:
         lead.append("One number of shots and one freeze depth were asked for, so there is no map of them.")
@@ -55,8 +56,11 @@ def tell_grid(study: Study) -> Section:
 
 
 def read_grid(study: Study, task: str, metric: str, name: str | None = None) -> list[Row]:
-    """A row an arm (baselines included), freeze depth, probe and number of shots, with a 95 % t interval over seeds."""
-    ranked = [row["trial_id"] for row in list_ranked(study.results, study.job.name)]
+    """A row an arm (baselines included), freeze depth, probe and number of shots, with a 95 % t interval over seeds.
+
+    Baselines count on the arms' seeds alone, as in the ranking.
+    """
+    ranked, arms = [row["trial_id"] for row in list_ranked(study.results, study.job.name)], list(study.arms.rows)
     found = ask(
         open_tables(study.results, "trials scores", study.job.name, ranked),
         """
@@ -68,25 +72,25 @@ def read_grid(study: Study, task: str, metric: str, name: str | None = None) -> 
             from scores s join trials t using (job, trial_id)
             where job = ? and s.split = 'validation' and s.rung = t.num_rungs and s.value is not null
                 and s.task = ? and s.metric = ? and s."class" is not distinct from ?
+                and (t.arm in (select unnest(?)) or t.arm like 'baseline:%' and t.seed in (
+                    select seed from trials where arm in (select unnest(?))))
             group by all
         ) group by all order by all
         """,
-        [study.job.name, task, metric, name],
+        [study.job.name, task, metric, name, arms, arms],
     )
     rows = []
     for row in found:
-        arm, updated = row["arm"], row["updated"]
-        if arm not in study.arms.rows and not arm.startswith(BASELINE):
-            continue
+        updated, num_train = row["updated"], row["num_train"]
         mean, low, high, num_seeds = compute_interval(row["values"])
-        label = f"{arm.removeprefix(BASELINE)} (baseline)" if arm.startswith(BASELINE) else name_arm(study, arm)
         rows.append(
             {
-                "arm": arm, "label": label, "frozen_layers": row["frozen_layers"], "probe": row["probe"],
-                "shots": tell_shots(row["shots"]),
+                "arm": row["arm"], "label": name_arm(study, row["arm"]), "frozen_layers": row["frozen_layers"],
+                "probe": row["probe"], "shots": tell_shots(row["shots"]),
                 "mean": mean, "low": None if math.isnan(low) else low, "high": None if math.isnan(high) else high,
                 "num_seeds": num_seeds, "parameters_updated": None if updated is None else round(updated),
-                "train_seconds": row["seconds"], "num_train": row["num_train"],
+                "train_seconds": row["seconds"],
+                "num_train": show_count(num_train) if num_train is not None and num_train < FEWEST else num_train,
             }
         )  # fmt: skip
     return rows
@@ -133,8 +137,11 @@ def _choose_probe(study: Study, rows: list[Row], depth: str) -> str | None:
 
 
 def _draw_maps(study: Study, rows: list[Row], arms: list[str], what: str) -> Plot:
+    """The first of the arms that have a score with the probes that are shown."""
     depths, shots = list_depths(rows), _list_shots(rows)
     probes = {depth: _choose_probe(study, rows, depth) for depth in depths}
+    scored = {row["arm"] for row in rows if row["probe"] == probes[row["frozen_layers"]]}
+    arms = [arm for arm in arms if arm in scored][:MOST_MAPS]
     maps = []
     for arm in arms:
         known = {
@@ -176,7 +183,8 @@ def _draw_shots(study: Study, rows: list[Row], arms: list[str], what: str) -> Pl
     depth = depth if depth in depths else depths[0]
     probe = _choose_probe(study, own, depth)
     shots = _list_shots(rows)
-    lines = [arm for arm in arms if any(row["arm"] == arm and row["frozen_layers"] == depth for row in own)]
+    there = {row["arm"] for row in own if (row["frozen_layers"], row["probe"]) == (depth, probe)}
+    lines = [arm for arm in arms if arm in there]
     baselines = sorted({row["arm"] for row in rows if row["arm"].startswith(BASELINE)})
     chosen = [
         row
@@ -225,6 +233,7 @@ def _draw_parameters(study: Study, rows: list[Row], what: str) -> list[Part]:
     panel.plot([row["parameters_updated"] for row in front], [row["mean"] for row in front], color="black",
                drawstyle="steps-post", linewidth=1.2, zorder=1, label="Pareto front")  # fmt: skip
     panel.set_xscale("log")
+    label_powers(panel.xaxis)
     panel.set_xlabel(f"parameters updated, {wanted} shots")
     panel.set_ylabel(what.partition(" of ")[0])
     panel.grid()

@@ -52,6 +52,8 @@ def tell_effects(study: Study) -> Section:
         f"All are paired on seeds and are one family; shown are those with p under {ALPHA} after Holm's correction and "
         "an interval without 0."
     )
+    if study.target.mode == "min":
+        about += f" Lower is better: what raises {study.cell['metric']} is for the worse."
     rows = list_effect_rows(effects)
     columns = {
         "effect": "kind", "setting": "setting", "from": "from", "to": "to", "with": "with", "with_from": "from",

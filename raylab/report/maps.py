@@ -260,7 +260,8 @@ def project(space: Space, x: Floats, codes: NDArray[np.int64]) -> Map:
     """Rows x [n, D], made of length 1, on their first two principal components; codes [n], -1 for no class shown."""
     from sklearn.decomposition import PCA
 
-    x = x / np.linalg.norm(x, axis=1, keepdims=True)
+    length = np.linalg.norm(x, axis=1, keepdims=True)
+    x = x / np.where(length > 0, length, 1.0)
     # Not randomised: the same places each time.
     pca = PCA(n_components=min(2, *x.shape), svd_solver="full")
     with np.errstate(invalid="ignore", divide="ignore"):  # all of one place

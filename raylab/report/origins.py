@@ -8,10 +8,10 @@ from raylab.base.counts import FEWEST, show_count
 from raylab.job.jobs import dump_yaml
 from raylab.job.settings import label_values
 from raylab.report.parts import Code, MissingError, Part, Section, Study, Table, ask, name_arm
-from raylab.results.queries import open_tables
+from raylab.results.queries import list_ranked, open_tables
 from raylab.results.ranking import BASELINE
 from raylab.results.tables import SETTING_COLUMNS
-from raylab.store.storage import name_results
+from raylab.store.storage import is_mirror, name_results
 
 Row = dict[str, Any]
 _WORST = ("problem", "look", "ok")
@@ -50,6 +50,8 @@ def tell_hygiene(study: Study) -> Section:
 
 def _hide_small(row: Row) -> Row:
     """Of fewer than 10 rows neither the number nor the share is told: either would tell the other."""
+    if row["checked"] < FEWEST:
+        row = row | {"checked": show_count(row["checked"])}
     if not 0 < row["rows"] < FEWEST:
         return row
     hidden: Row = {"rows": show_count(row["rows"]), "share": None}
@@ -144,7 +146,9 @@ def tell_provenance(study: Study) -> Section:
         """,
         [job.name],
     )
-    rows = [row for row in found if row["arm"] in study.arms.rows and row["status"] == "complete"]
+    # Of a search only the confirmation ranks: the arms' own searched trials stand under what the search found.
+    ranked = {row["trial_id"] for row in list_ranked(study.results, job.name)}
+    rows = [row for row in found if row["arm"] in study.arms.rows and row["trial_id"] in ranked]
     if not rows:
         raise MissingError("no ranked arm has a complete trial")
     about = []
@@ -165,7 +169,8 @@ def tell_provenance(study: Study) -> Section:
         [
             *about,
             "To get a row again, run its arm alone on its seed, as a job of another name. On CPU, with the same data "
-            f"and versions, its values are the same to the last digit. For trial {best['trial_id']}:",
+            f"and versions, its values are the same to the last digit. For trial {best['trial_id']}"
+            + (f", with the job below as {job.name}.yaml:" if is_mirror(study.results) else ":"),
             Code(tell_again(study, best)),
             Table("trials", "Ranked trials; the file has all their settings", shown, columns, shown=10),
             "The job as it was run:",
@@ -189,6 +194,6 @@ def tell_again(study: Study, row: Row) -> str:
             value = row[name]
             changes[name] = json.loads(value) if isinstance(value, str) and value[:1] in "[{" else value
     given = [f"--set {shlex.quote(f'{name}={json.dumps(value)}')}" for name, value in changes.items()]
-    where = name_results(study.results)
-    lines = [f"raylab run {shlex.quote(f'{where}/{job.name}/job.yaml')} --results again", *given]
+    file = f"{job.name}.yaml" if is_mirror(study.results) else f"{name_results(study.results)}/{job.name}/job.yaml"
+    lines = [f"raylab run {shlex.quote(file)} --results again", *given]
     return " \\\n  ".join(lines)

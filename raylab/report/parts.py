@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from raylab.job.settings import is_list, label_values
 from raylab.job.specs import Job, Target
+from raylab.results.ranking import BASELINE
 from raylab.statistics.analysis import Arms
 
 if TYPE_CHECKING:
@@ -84,13 +85,21 @@ def ask(connection: "duckdb.DuckDBPyConnection", sql: str, values: Sequence[Any]
 
 
 def name_arm(study: Study, arm: str) -> str:
-    """An arm for people: what sets it apart; its hash where nothing does."""
+    """An arm for people: what sets it apart, its hash where nothing does; or the name of a baseline."""
+    if arm.startswith(BASELINE):
+        return f"{arm.removeprefix(BASELINE)} (baseline)"
     return study.arms.labels.get(arm) or arm
 
 
-def tell_cell(cell: Mapping[str, Any]) -> str:
-    """A cell for people: its keys that have a value."""
-    return ", ".join(f"{key}={value}" for key, value in cell.items() if value is not None)
+def tell_cell(cell: dict[str, Any]) -> str:
+    """A cell for people: its keys that have a value; where it has shots, none is all training rows."""
+    told = cell | ({"shots": "full"} if "shots" in cell and cell["shots"] is None else {})
+    return ", ".join(f"{key}={value}" for key, value in told.items() if value is not None)
+
+
+def name_target(target: Target) -> str:
+    """What a target measures, for people; which side is better where it is the lower one."""
+    return f"{target.metric} of {target.task}" + (", lower is better" if target.mode == "min" else "")
 
 
 def name_settings(names: Iterable[str]) -> dict[str, str]:

@@ -20,6 +20,8 @@ from raylab.report.parts import (
     Study,
     name_arm,
     name_settings,
+    name_target,
+    tell_cell,
     tell_level,
 )
 from raylab.results.ranking import rank_arms
@@ -62,7 +64,9 @@ def tell_search(study: Study) -> Section:
     lead = [
         f"{len(known)} arms were searched to the end, chosen by their results and each on "
         f"{len(job.search.seeds)} seed{'s' * (len(job.search.seeds) != 1)}. Importances tell where their values "
-        "differed: not an ablation, nor which value of a setting is better."
+        "differed: not an ablation, nor which value of a setting is better.",
+        f"Values here are of {tell_cell(resolve_target(job, job.search.targets[0]))}, on the search's seeds: those of "
+        "the best are too high, as they were chosen by them. The ranking is on fresh seeds.",
     ]
     parts: list[Part] = []
     try:
@@ -136,7 +140,7 @@ def _draw_importances(rows: Sequence[Importance], name: str, target: str) -> Plo
                 panel.text(share or 0.0, place + aside, told, va="center", fontsize=7)
         panel.set_yticks(range(len(settings[part])), [wrap_label(short[setting], 30) for setting in settings[part]])
         panel.set_ylim(len(settings[part]) - 0.5, -0.5)
-        panel.set_xlim(0, 1.12 * max(0.1, *shares.values()))
+        panel.set_xlim(0, 1.12 * max([0.1, *shares.values()]))
         where = f"arms of {part}" if part else "all searched arms"
         panel.set_title(wrap_label(f"{where} ({sizes[part]})", 80), loc="left", fontsize=9)
     panels[-1, 0].set_xlabel("importance; not an ablation")
@@ -191,16 +195,12 @@ def _draw_coordinates(study: Study, arms: Mapping[str, Searched], known: Mapping
     told = "; ".join(best.values())
     top, bottom = (f"{known[arm]:.3f}" for arm in (order[-1], order[0]))
     alt = (
-        f"{len(order)} searched arms as lines across {', '.join(short[name] for name in names)} to their value on the "
+        f"{len(order)} searched arms as lines across {', '.join(axis.title for axis in axes)} to their value on the "
         f"search's seeds, from {bottom} (light) to {top} (dark)"
         + (f". Thick: {told}." if told else ".")
     )  # fmt: skip
-    title = f"The searched arms, darker the better; thick: the best confirmed. Value: {_name_target(target)}"
+    title = f"The searched arms, darker the better; thick: the best confirmed. Value: {name_target(target)}"
     return Plot("search-coordinates", title, alt, figure, rows)
-
-
-def _name_target(target: Target) -> str:
-    return f"{target.metric} of {target.task}" + (", lower is better" if target.mode == "min" else "")
 
 
 def _find_best(study: Study, known: Mapping[str, float]) -> dict[str, str]:
@@ -285,6 +285,8 @@ def _place_numbers(entry: Range, values: Mapping[str, float]) -> tuple[dict[str,
     else:
         marks = [float(mark) for mark in MaxNLocator(4, steps=STEPS).tick_values(entry.low, entry.high)]
     marks = [mark for mark in marks if entry.low <= mark <= entry.high]
+    # A narrow range may hold no round number, or one.
+    marks = marks if len(marks) > 1 else [entry.low, entry.high]
     return {arm: place(value) for arm, value in values.items()}, [(place(mark), f"{mark:g}") for mark in marks]
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from raylab.measures.definitions import BIN_WIDTH, BINS, DEFINITIONS
-from raylab.report.drawing import list_styles, start_figure
+from raylab.report.drawing import label_powers, list_styles, start_figure
 from raylab.report.parts import MissingError, Part, Plot, Row, Section, Study, Table, name_arm
 from raylab.report.picks import Pick, list_best, pick_encoders, tell_picks, write_title
 from raylab.results.queries import open_tables
@@ -126,9 +126,11 @@ def _draw_cosines(task: str, found: Sequence[tuple[Pick, Space]]) -> list[Part]:
              "between": between, "all_pairs": every}
             for left, within, between, every in zip(BINS, *shares.values(), all_pairs, strict=True)
         ]  # fmt: skip
-        tops = [max(zip(values, BINS, strict=True)) for values in shares.values()]
-        told.append(f"{pick.role}: of pairs within a class most, {_tell_bin(*tops[0])}, between classes "
-                    f"{_tell_bin(*tops[1])}")  # fmt: skip
+        tops = [
+            f"{name} {_tell_bin(*max(zip(values, BINS, strict=True)))}" if any(values) else f"{name} there are none"
+            for name, values in zip(("of pairs within a class", "between classes"), shares.values(), strict=True)
+        ]
+        told.append(f"{pick.role}: {', '.join(tops)}")
     if not rows:
         return []
     figure, panels = start_figure(1, len(panels_of), height=2.9, sharex=True, sharey=True)
@@ -152,7 +154,7 @@ def _draw_cosines(task: str, found: Sequence[tuple[Pick, Space]]) -> list[Part]:
 
 
 def _tell_bin(share: float, left: float) -> str:
-    return f"{share:.0%}, have a cosine of {left:.1f} to {left + BIN_WIDTH:.1f}"
+    return f"most, {share:.0%}, have a cosine of {left:.1f} to {left + BIN_WIDTH:.1f}"
 
 
 def _draw_components(task: str, found: Sequence[tuple[Pick, Space]]) -> list[Part]:
@@ -180,6 +182,7 @@ def _draw_components(task: str, found: Sequence[tuple[Pick, Space]]) -> list[Par
         at = sorted({row["parameter"] for row in rows if row["graph"] == graph})
         if graph == "density":
             panels[-1, column].set_xscale("log")
+            label_powers(panels[-1, column].xaxis)
         if len(at) <= MOST_TICKS:
             panels[-1, column].set_xticks(at, [f"{value:g}" for value in at])
             panels[-1, column].set_xticks([], minor=True)
@@ -187,6 +190,7 @@ def _draw_components(task: str, found: Sequence[tuple[Pick, Space]]) -> list[Par
     most = max((row["components"] or 1 for row in rows), default=1)
     if most > 20:
         panels[0, 0].set_yscale("log")
+        label_powers(panels[0, 0].yaxis)
     handles = sorted(panels[0, 0].get_legend_handles_labels()[0], key=lambda line: line.get_label() == GAUSSIAN)
     figure.legend(handles=handles, loc="outside lower center", ncols=4)
     return [

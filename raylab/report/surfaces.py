@@ -10,7 +10,7 @@ import numpy as np
 from raylab.job.designs import FIXED
 from raylab.job.specs import Range
 from raylab.report.drawing import SHADES, start_figure, write_values
-from raylab.report.parts import MissingError, Part, Plot, Section, Study, name_settings
+from raylab.report.parts import MissingError, Part, Plot, Section, Study, name_settings, name_target
 from raylab.statistics.analysis import read_scores
 from raylab.statistics.importances import list_searched
 
@@ -72,12 +72,6 @@ def _list_points(study: Study) -> list[Point]:
     return [Point(row, value, json.loads(row["effective_spans"] or "null")) for row, value in found]
 
 
-def _name_value(study: Study) -> tuple[str, bool]:
-    """What the values are, and if lower ones are better."""
-    target = study.target if study.job.search.design in FIXED else study.job.search.targets[0]
-    return f"{target.metric} of {target.task}", target.mode == "min"
-
-
 def _draw_surface(study: Study, names: tuple[str, str], points: Sequence[Point]) -> tuple[str, Part] | None:
     """A heat map of values above one of documents kept; None where a setting does not vary."""
     points = [point for point in points if all(point.row[name] is not None for name in names)]
@@ -88,7 +82,8 @@ def _draw_surface(study: Study, names: tuple[str, str], points: Sequence[Point])
     cells: dict[tuple[Any, Any], list[Point]] = {}
     for point, *key in zip(points, *levels, strict=True):
         cells.setdefault((key[0], key[1]), []).append(point)
-    short, (what, lower) = name_settings(names), _name_value(study)
+    target = study.target if study.job.search.design in FIXED else study.job.search.targets[0]
+    short, what = name_settings(names), name_target(target)
     rows: list[dict[str, Any]] = [
         {
             short[names[0]]: length[1], short[names[1]]: number[1], "num_arms": len(found),
@@ -115,7 +110,7 @@ def _draw_surface(study: Study, names: tuple[str, str], points: Sequence[Point])
         panel.set_ylabel(short[names[1]])
     panels[-1, 0].set_xticks(range(len(ticks[0])), [label for _, label in ticks[0]])
     panels[-1, 0].set_xlabel(short[names[0]])
-    ranked = sorted(rows, key=lambda row: row["mean_value"], reverse=not lower)
+    ranked = sorted(rows, key=lambda row: row["mean_value"], reverse=target.mode == "max")
 
     def tell(row: Mapping[str, Any]) -> str:
         kept = "" if row["documents_kept"] is None else f", {row['documents_kept']:,.0f} documents kept"

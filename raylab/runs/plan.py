@@ -132,7 +132,8 @@ def plan_comparisons(job: Job) -> dict[str, Any]:
 
 def tell_comparisons(found: Mapping[str, Any]) -> str | None:
     """How many seeds the declared comparisons need, of `plan_comparisons`; None where nothing is compared."""
-    named = {"primary": "the primary one", "exploratory": f"{found['family']} exploratory ones"}
+    family = found["family"]
+    named = {"primary": "the primary one", "exploratory": f"{family} exploratory one{'s' * (family > 1)}"}
     needed = [f"{least} for {named[role]}" for role, least in found["seeds_at_least"].items() if least is not None]
     if not needed:
         return None

@@ -112,7 +112,11 @@ def _name_part(job: Job, parts: Mapping[frozenset[str], Sequence[tuple[Values, f
     own = {name: {str(values[name]) for values, _ in parts[part]} for name in part}
     every = {name: {str(values.get(name)) for members in parts.values() for values, _ in members} for name in part}
     same = [name for name in order_space(job) if name in part and len(own[name]) == 1 < len(every[name])]
-    return label_values({name: next(iter(parts[part]))[0][name] for name in same})
+    if same:
+        return label_values({name: next(iter(parts[part]))[0][name] for name in same})
+    # Several values have it, such as objectives that read the same: not to be taken for all arms.
+    read = sorted(part - frozenset.intersection(*parts))
+    return f"those that read {', '.join(name.rsplit('.', 1)[-1] for name in read)}"
 
 
 class Searched(NamedTuple):
