@@ -18,7 +18,7 @@ def steps_of(spec, place, num_tokens, world=ALONE, change=lambda units: units):
     units = change(make_units(spec, data))
     return feed(
         units, data.categories, spec.settings.pretrain, SEED, place, num_tokens, world,
-        lambda inputs: float(len(inputs.input_ids)), kernel=False,
+        lambda inputs: float(len(inputs.input_ids)),
     )  # fmt: skip
 
 
@@ -46,7 +46,7 @@ def test_feed_is_the_steps_in_order(objective, make_spec):
             len(part.rows) if data.categories is None else (data.categories[part.rows] >= 0).sum() for part in inputs
         ]
         pairs = zip(inputs, rows, strict=True)
-        batches = [make_batch(part, data.categories, (int(num),), kernel=False) for part, num in pairs]
+        batches = [make_batch(part, data.categories, (int(num),)) for part, num in pairs]
         for ours, theirs in zip(flatten(tuple(one.batches)), flatten(tuple(batches)), strict=True):
             assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
         assert one.selected == sum(len(part.targets) for part in inputs)

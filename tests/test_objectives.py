@@ -47,7 +47,7 @@ def batches(make_spec):
         categories = None if data.categories is None else data.categories.copy()
         if categories is not None:
             categories[inputs.rows[2]] = -1
-        made[name] = (spec, learner, make_batch(inputs, categories, kernel=False))
+        made[name] = (spec, learner, make_batch(inputs, categories))
     return made
 
 

@@ -157,6 +157,9 @@ class Resources(Model):
     cpus_per_worker: int = Field(1, ge=1)
     gpus_per_worker: float | None = Field(None, ge=0, description="null: 1 where the cluster has GPUs, else 0")
     max_concurrent_trials: int | None = Field(None, ge=1, description="null: as many as fit")
+    compile: Literal["auto", "always", "never"] = Field(
+        "auto", description="pre-training on GPUs by torch.compile; auto: where it lasts long enough to pay"
+    )
 
 
 class Job(Model):

@@ -59,12 +59,14 @@ class Inputs(NamedTuple):
 class Units(NamedTuple):
     """What a training run draws from: pieces of texts (mlm, metadata) or whole documents (declutr).
 
-    A unit gives `texts` texts or anchors; `row` int64 [num] are the documents' rows. `cost(epoch, units)` gives the
+    A unit gives `texts` texts or anchors; no segment has more than `longest` tokens; `row` int64 [num] are the
+    documents' rows. `cost(epoch, units)` gives the
     tokens that each unit brings into the encoder, `build(epochs, units)` their inputs.
     """
 
     num: int
     texts: int
+    longest: int
     row: Ints
     cost: Callable[[int, Ints], Ints]
     build: Callable[[Ints, Ints], Inputs]
@@ -198,7 +200,7 @@ def piece_units(
         keys = rows * LONGEST_TEXT + start
         return _mask_texts(packed, rows, keys, epochs, seed, pretrain.mlm.mask_fraction, vocabulary)
 
-    return Units(len(pieces.row), 1, pieces.row, cost, build)
+    return Units(len(pieces.row), 1, corpus.max_length, pieces.row, cost, build)
 
 
 def keep_documents(lengths: Ints, declutr: Declutr) -> NDArray[np.bool_]:
@@ -256,7 +258,7 @@ def span_units(
         shown = np.repeat(epochs, declutr.num_anchors)
         return _mask_texts(packed, owners, keys, shown, seed, pretrain.mlm.mask_fraction, vocabulary)
 
-    return Units(len(rows), declutr.num_anchors, rows, cost, build)
+    return Units(len(rows), declutr.num_anchors, declutr.max_span + 2, rows, cost, build)
 
 
 UNITS = {"mlm": piece_units, "metadata": piece_units, "declutr": span_units}

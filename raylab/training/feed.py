@@ -13,6 +13,7 @@ from torch import Tensor
 from raylab.base.world import World
 from raylab.job.blocks import Pretrain
 from raylab.training.batches import Inputs, Ints, Place, Step, Units, iterate_steps
+from raylab.training.compilation import choose_room
 from raylab.training.objectives import Batch
 from raylab.training.packing import lay_out
 
@@ -31,31 +32,64 @@ class Fed(NamedTuple):
     waited: float
 
 
+class Rows(NamedTuple):
+    """How rows are laid out: for the variable-length `kernel`; in fixed shapes, where a full row holds `capacity`
+    tokens and no segment more than `longest`."""
+
+    kernel: bool
+    capacity: int | None = None
+    longest: int = 0
+
+
+PLAIN = Rows(kernel=False)
+
+
 def make_batch(
-    inputs: Inputs, categories: NDArray[np.int64] | None, gathered: tuple[int, ...] = (), *, kernel: bool
+    inputs: Inputs,
+    categories: NDArray[np.int64] | None,
+    gathered: tuple[int, ...] = (),
+    *,
+    rows: Rows = PLAIN,
+    pad_id: int = 0,
 ) -> Batch:
-    """Inputs as tensors on the CPU; `categories` are those of all rows, `kernel` as in `lay_out`."""
+    """Inputs as tensors on the CPU; `categories` are those of all rows. In fixed shapes `pad_id` fills what is left."""
     found = categories[inputs.rows] if categories is not None else np.full(len(inputs.rows), -1)
+    num_tokens, ids, positions = len(inputs.input_ids), inputs.input_ids, inputs.positions
+    room = None
+    if rows.capacity is not None:
+        room = choose_room(num_tokens, rows.capacity)
+        left = (0, room - num_tokens)
+        ids, positions = np.pad(ids, left, constant_values=pad_id), np.pad(positions, left)
     return Batch(
-        torch.from_numpy(inputs.input_ids),
-        torch.from_numpy(inputs.positions),
-        lay_out(inputs.offsets, kernel=kernel),
+        torch.from_numpy(ids),
+        torch.from_numpy(positions),
+        lay_out(inputs.offsets, kernel=rows.kernel, room=room, longest=rows.longest or None),
         torch.from_numpy(inputs.selected),
         torch.from_numpy(inputs.targets),
         torch.from_numpy(found),
         torch.from_numpy(np.flatnonzero(found >= 0)),
+        num_tokens,
         gathered,
     )
 
 
-def move(value: Any, device: torch.device) -> Any:
-    """Tensors in (named) tuples to a device; to a GPU from pinned memory, without waiting."""
+def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
-        return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
+        return change(value)
     if isinstance(value, tuple):
-        parts = [move(part, device) for part in value]
+        parts = [_map_tensors(part, change) for part in value]
         return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
     return value
+
+
+def pin(value: Any) -> Any:
+    """Tensors in (named) tuples in pinned memory, which a GPU reads by itself."""
+    return _map_tensors(value, lambda tensor: tensor.pin_memory())
+
+
+def move(value: Any, device: torch.device) -> Any:
+    """Tensors in (named) tuples to a device; pinned ones without waiting."""
+    return _map_tensors(value, lambda tensor: tensor.to(device, non_blocking=True))
 
 
 def feed(
@@ -68,7 +102,9 @@ def feed(
     world: World,
     count_flops: Callable[[Inputs], float],
     *,
-    kernel: bool,
+    rows: Rows = PLAIN,
+    pad_id: int = 0,
+    pinned: bool = False,
 ) -> Iterator[Fed]:
     """Steps from `place` on until `num_tokens` or more, each a step ahead of the one that is asked for.
 
@@ -87,14 +123,14 @@ def feed(
             units.build(step.epochs[share::shares], step.units[share::shares])
             for share in range(world.rank * pretrain.accumulation, (world.rank + 1) * pretrain.accumulation)
         ]
-        rows = [count_rows(step.units[share::shares]) for share in range(shares)]
+        counts = [count_rows(step.units[share::shares]) for share in range(shares)]
         batches = [
-            make_batch(inputs, categories, tuple(rows[part :: pretrain.accumulation]), kernel=kernel)
+            make_batch(inputs, categories, tuple(counts[part :: pretrain.accumulation]), rows=rows, pad_id=pad_id)
             for part, inputs in enumerate(mine)
         ]
         return Fed(
             step,
-            batches,
+            [pin(batch) for batch in batches] if pinned else batches,
             sum(len(batch.targets) for batch in batches),
             sum(len(batch.known) for batch in batches),
             sum(count_flops(inputs) for inputs in mine),

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -14,14 +14,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from raylab.base.mistakes import JobError
 from raylab.base.noise import derive_seed
 from raylab.base.world import ALONE, World
 from raylab.data.tokens import TokenStore, Vocabulary
 from raylab.job.blocks import Pretrain
 from raylab.job.specs import TrialSpec
 from raylab.training.batches import Inputs, Place, Units
+from raylab.training.compilation import GRAPH_WIDTH, can_compile, compile_encoder, pays, round_norms
 from raylab.training.encoder import choose_device, load_encoder, precision, save_encoder
-from raylab.training.feed import Fed, feed, move
+from raylab.training.feed import Fed, Rows, feed, move, pin
 from raylab.training.objectives import Batch, Learner, Totals, loss_weights
 from raylab.training.packing import fits_kernel
 
@@ -58,11 +60,12 @@ class Progress:
 
 @dataclass
 class Training:
-    """A pre-training in memory."""
+    """A pre-training in memory; `compiled`: its encoder takes rows of fixed shapes alone."""
 
     learner: Learner
     optimizer: torch.optim.Optimizer
     progress: Progress
+    compiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,9 +115,10 @@ def load_learner(spec: TrialSpec, data: Data, folder: Path, *, trained: bool) ->
     return learner
 
 
-def load_training(spec: TrialSpec, data: Data, folder: Path, *, resume: bool) -> Training:
+def load_training(spec: TrialSpec, data: Data, folder: Path, *, resume: bool, world: World = ALONE) -> Training:
     """A training from a rung's folder; `resume` takes optimiser and heads too, else only the encoder's weights."""
     learner = load_learner(spec, data, folder, trained=resume)
+    compiled = prepare_encoder(learner, spec.settings.resources.compile, world)
     optimizer = make_optimizer(learner, spec.settings.pretrain)
     progress = Progress(**json.loads((folder / "progress.json").read_text()))
     if resume:
@@ -125,7 +129,27 @@ def load_training(spec: TrialSpec, data: Data, folder: Path, *, resume: bool) ->
                 state = {k: tensors[f"{names[id(p)]}|{k}"] for k in ("step", "exp_avg", "exp_avg_sq")}
                 fused = optimizer.defaults["fused"]
                 optimizer.state[p] = {k: v.to(p.device) if k != "step" or fused else v for k, v in state.items()}
-    return Training(learner, optimizer, progress)
+    return Training(learner, optimizer, progress, compiled)
+
+
+def prepare_encoder(learner: Learner, wanted: Literal["auto", "always", "never"], world: World) -> bool:
+    """Readies an encoder for training on its device; whether it was compiled. Raises JobError where it can't be."""
+    pretrain, device = learner.pretrain, next(learner.parameters()).device
+    if fits_kernel(learner.encoder, device):
+        round_norms(learner.encoder)
+    able = can_compile(device) and fits_kernel(learner.encoder, device)
+    if wanted == "always" and not able:
+        raise JobError(
+            ["resources.compile: 'always' needs an Ampere GPU or newer, Triton and a C compiler; use 'auto' or 'never'"]
+        )
+    flops = 6.0 * count_weights(learner) * pretrain.num_tokens / world.size
+    if not able or wanted == "never" or (wanted == "auto" and not pays(flops, pretrain.num_tokens // world.size)):
+        return False
+    config: Any = learner.encoder.config
+    compile_encoder(
+        learner.encoder, graphs=config.hidden_size < GRAPH_WIDTH and world.size == pretrain.accumulation == 1
+    )
+    return True
 
 
 def save_training(training: Training, tokenizer: Path, folder: Path, *, last: bool) -> None:
@@ -201,7 +225,8 @@ class Meter:
 
 def _sum_counts(fed: Fed, world: World, device: torch.device) -> tuple[Tensor, Tensor]:
     """Masked tokens and texts with a category of a whole step, on the device."""
-    counts: Tensor = move(torch.tensor([fed.selected, fed.categories], dtype=torch.float32), device)
+    told = torch.tensor([fed.selected, fed.categories], dtype=torch.float32)
+    counts: Tensor = move(pin(told) if device.type == "cuda" else told, device)
     if world.size > 1:
         torch.distributed.all_reduce(counts)
     selected, categories = counts.unbind()
@@ -233,7 +258,13 @@ def train(
         until - progress.tokens,
         world,
         flop_counter(learner),
-        kernel=fits_kernel(learner.encoder, device),
+        rows=Rows(
+            fits_kernel(learner.encoder, device),
+            -(-pretrain.batch_tokens // (pretrain.accumulation * world.size)) if training.compiled else None,
+            units.longest,
+        ),
+        pad_id=data.vocabulary.pad_id,
+        pinned=device.type == "cuda",
     )
     for fed in feeds:
         step = fed.step
@@ -283,6 +314,12 @@ def _backward(
     return sums
 
 
+def count_weights(learner: Learner) -> int:
+    """Weights of an encoder without its embeddings: what each token is multiplied with."""
+    base = cast(nn.Module, learner.encoder.base_model)
+    return sum(p.numel() for name, p in base.named_parameters() if "embeddings" not in name)
+
+
 def flop_counter(learner: Learner) -> Callable[[Inputs], float]:
     """Floating-point operations that a batch needs, forward and backward, padding left out.
 
@@ -290,8 +327,7 @@ def flop_counter(learner: Learner) -> Callable[[Inputs], float]:
     masked token 2 x hidden size x vocabulary more; backward twice as much (Kaplan et al., arXiv 2001.08361, 2.1).
     """
     config: Any = learner.encoder.config
-    base = cast(nn.Module, learner.encoder.base_model)
-    body = sum(p.numel() for name, p in base.named_parameters() if "embeddings" not in name)
+    body = count_weights(learner)
     layers, hidden, vocabulary = config.num_hidden_layers, config.hidden_size, config.vocab_size
 
     def count(inputs: Inputs) -> float:

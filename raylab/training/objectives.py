@@ -20,7 +20,8 @@ from raylab.training.projection import projected_cross_entropy
 class Batch(NamedTuple):
     """`batches.Inputs` as tensors, the categories int64 [B] of the texts (-1: none), and which texts have one.
 
-    `gathered` are the rows of each worker in this part of the step: texts, where there are categories those with one.
+    The first `num_tokens` of the row are real; in rows of a fixed shape padding follows. `gathered` are the rows of
+    each worker in this part of the step: texts, where there are categories those with one.
     """
 
     input_ids: Tensor
@@ -30,6 +31,7 @@ class Batch(NamedTuple):
     targets: Tensor
     categories: Tensor
     known: Tensor
+    num_tokens: int
     gathered: tuple[int, ...]
 
 
@@ -91,9 +93,9 @@ class Learner(nn.Module):
 
 
 def _encode(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Hidden states of all tokens [N, D], and the means of the segments, float32 [S, D]."""
+    """Hidden states of all tokens [N or more, D], and the means of the segments, float32 [S, D]."""
     hidden = encode_packed(learner.encoder, batch.input_ids, batch.positions, batch.layout)
-    return hidden, pool_segments(hidden, batch.layout)
+    return hidden, pool_segments(hidden, batch.layout, batch.num_tokens)
 
 
 def _mlm_loss(learner: Learner, hidden: Tensor, batch: Batch, totals: Totals) -> Tensor:

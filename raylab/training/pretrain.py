@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -110,8 +111,8 @@ def _open_training(spec: TrialSpec, data: Data, chain: Sequence[Link], rung: int
     for at in range(rung, 0, -1):
         path = find_stage(Path(spec.results), chain[at].stage_id, OPTIMIZER)
         if world.broadcast(path is not None) and path is not None:
-            return load_training(spec, data, path, resume=True)
-    return load_training(spec, data, start_rung(spec, data, world).path, resume=False)
+            return load_training(spec, data, path, resume=True, world=world)
+    return load_training(spec, data, start_rung(spec, data, world).path, resume=False, world=world)
 
 
 def _open_learner(spec: TrialSpec, data: Data, chain: Sequence[Link], rung: int) -> Learner:
@@ -147,7 +148,9 @@ def measure_rung(spec: TrialSpec, data: Data, chain: Sequence[Link], rung: int, 
         held_out = prepare_heldout(data.store, rows, data.categories, data.vocabulary, spec.settings.corpus, retrieval)
         train_rows = np.flatnonzero(data.rows["part"] == TRAIN)
         entropy = compute_unigram_entropy(data.store, train_rows, held_out, data.vocabulary)
-        measures = measure_heldout(learner.encoder, learner.head if rung else None, held_out, masked=not headless)
+        # Shapes that training doesn't have are not worth compiling for.
+        with torch.compiler.set_stance("force_eager"):
+            measures = measure_heldout(learner.encoder, learner.head if rung else None, held_out, masked=not headless)
         return {"heldout_unigram_entropy": entropy} | measures
 
     return build_stage(Path(spec.results), "heldout", key, build)

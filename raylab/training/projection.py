@@ -6,6 +6,8 @@ what the backward pass needs of them, the gradients, is computed in the forward 
 Shapes: K tokens, D hidden size, V vocabulary.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,8 +15,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from raylab.training.compilation import can_compile
+
 # Logits at once: few stay in a processor's cache, many keep a GPU busy.
 LOGITS = {"cpu": 2**22, "cuda": 2**26}
+
+
+def _compare(logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of the cross-entropies of logits [K, V] and wanted [K], float32; its gradient [K, V] in their type."""
+    log_probs = logits.float().log_softmax(1)
+    places = wanted[:, None]
+    loss = -log_probs.gather(1, places).sum()
+    # d loss / d logits: the probabilities, less one at the target.
+    gradient = log_probs.exp_().scatter_add_(1, places, -torch.ones_like(places, dtype=torch.float32))
+    return loss, gradient.to(logits.dtype)
+
+
+def _compare_fused(logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """`_compare` in a form that compiles to two passes over the logits."""
+    log_probs = logits.float().log_softmax(1)
+    loss = -log_probs.gather(1, wanted[:, None]).sum()
+    hit = torch.arange(logits.shape[1], device=logits.device) == wanted[:, None]
+    return loss, (log_probs.exp() - hit.float()).to(logits.dtype)
+
+
+@functools.cache
+def _choose(device: torch.device) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """On GPUs compiled, where that can be: what is made of the logits on the way is several times their size."""
+    return torch.compile(_compare_fused) if can_compile(device) else _compare
 
 
 class _ProjectedLoss(torch.autograd.Function):
@@ -33,15 +61,13 @@ class _ProjectedLoss(torch.autograd.Function):
             d_b = torch.zeros_like(bias) if bias is not None and to_b else None
             total = torch.zeros((), device=features.device)
             step = max(1, LOGITS[device] // len(weight))
+            compare = _choose(features.device)
             for start in range(0, len(x), step):
-                part, wanted = x[start : start + step], targets[start : start + step, None]
-                log_probs = F.linear(part, w, b).float().log_softmax(1)
-                total -= log_probs.gather(1, wanted).sum()
-                # d loss / d logits: the probabilities, less one at the target.
-                gradient = log_probs.exp_().scatter_add_(1, wanted, -torch.ones_like(wanted, dtype=torch.float32))
+                part, wanted = x[start : start + step], targets[start : start + step]
+                loss, gradient = compare(F.linear(part, w, b), wanted)
+                total += loss
                 if d_b is not None:
-                    d_b += gradient.sum(0)
-                gradient = gradient.to(dtype)
+                    d_b += gradient.sum(0, dtype=d_b.dtype)
                 if d_x is not None:
                     torch.mm(gradient, w, out=d_x[start : start + step])
                 if d_w is not None and dtype == d_w.dtype:
