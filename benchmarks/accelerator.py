@@ -67,13 +67,13 @@ def make_data(case: Case) -> tuple[Pretrain, Data, Units]:
 def make_training(case: Case, pretrain: Pretrain, data: Data, compiled: str, world: World = ALONE) -> Training:
     """As a trial makes it, from random weights."""
     learner = Learner(make_roberta(case.config), pretrain, data.num_categories).to(f"cuda:{world.rank}")
-    done = prepare_encoder(learner, compiled, world)  # type: ignore[arg-type]
-    return Training(learner, make_optimizer(learner, pretrain), Progress(), done)
+    dropout = prepare_encoder(learner, compiled, world)  # type: ignore[arg-type]
+    return Training(learner, make_optimizer(learner, pretrain), Progress(), dropout)
 
 
 def draw_inputs(case: Case, steps: int) -> list[tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]]:
     """Of each step the anchors (or texts) and the positives, unmasked: what a peer gets."""
-    pretrain, data, units = make_data(case._replace(pretrain=case.pretrain | {"mlm": {"mask_fraction": 0.0}}))
+    pretrain, _, units = make_data(case._replace(pretrain=case.pretrain | {"mlm": {"mask_fraction": 0.0}}))
     drawn = []
     places = iterate_steps(units, pretrain.batch_tokens, 0, Place(0, 0))
     for _ in range(steps):
@@ -101,7 +101,7 @@ def measure(
             train(training, units, data, pretrain, 0, until, world)
         torch.cuda.synchronize()
 
-    go(8)
+    go(40)
     setup = time.perf_counter() - begun
     torch.cuda.reset_peak_memory_stats()
     rows = []

@@ -130,3 +130,27 @@ def test_layout_of_any_lengths():
 def test_kernels_are_for_gpus(encoder_folders):
     model = load_encoder(str(encoder_folders["roberta"]))[0]
     assert not fits_kernel(model, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_row_of_fixed_shape_changes_nothing(family, encoder_folders, texts):
+    (ids, positions, layout), _ = texts
+    model = load_encoder(str(encoder_folders[family]))[0].eval()
+    plain = encode_packed(model, ids, positions, layout)
+    offsets = layout.bounds.offsets.numpy().astype(np.int64)
+    shapes = set()
+    for room in (len(ids), len(ids) + 1, len(ids) + 300):
+        closed = lay_out(offsets, kernel=False, room=room, longest=64)
+        shapes.add(closed.bounds.offsets.shape)
+        assert closed.bounds.offsets[-1] == room
+        assert torch.equal(closed.lengths, layout.lengths)
+        assert closed.bounds.offsets.diff().max() <= 64
+        left = (0, room - len(ids))
+        hidden = encode_packed(
+            model, torch.nn.functional.pad(ids, left), torch.nn.functional.pad(positions, left), closed
+        )
+        assert len(hidden) == room
+        torch.testing.assert_close(hidden[: len(ids)], plain, rtol=1e-5, atol=2e-5)
+        pooled = pool_segments(hidden, closed, len(ids))
+        torch.testing.assert_close(pooled, pool_segments(plain, layout, len(ids)), rtol=1e-5, atol=2e-5)
+    assert shapes == {(17,), (33,)} or shapes == {(17,)}

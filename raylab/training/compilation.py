@@ -9,16 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._triton import has_triton
 
-from raylab.training.encoder import split_layers
-
 # Compiling takes half a minute the first time and seconds from torch's cache after: shorter trainings go without.
 LEAST_SECONDS = 60.0
 # What uncompiled steps do a second on a Hopper GPU at most: small encoders are bound by launches, not by operations.
 EAGER_FLOPS, EAGER_TOKENS = 1.7e14, 1.2e6
 # Rows of a full step grow by this share of it, where its texts don't fit.
 SHARE = 16
-# Narrower encoders wait for launches more than for products: theirs are replayed as CUDA graphs.
-GRAPH_WIDTH = 512
 
 
 def can_compile(device: torch.device) -> bool:
@@ -51,13 +47,11 @@ def round_norms(model: nn.Module) -> None:
 
 
 def compile_encoder(model: nn.Module, *, graphs: bool) -> None:
-    """Compiles an encoder in place: layer by layer, so that gradients are there for other workers while more are
-    computed; with `graphs` whole, and replayed as CUDA graphs. Its names and weights stay."""
+    """Compiles an encoder in place; its names and weights stay. With `graphs` its kernels are replayed as CUDA graphs.
+
+    Inside DistributedDataParallel torch cuts what it compiles at the buckets of gradients, so that some travel between
+    workers while others are computed.
+    """
     # Rows that don't fit the usual room have other shapes; past the limit torch would go on uncompiled.
     torch._dynamo.config.recompile_limit = 2 * SHARE
-    if graphs:
-        model.base_model.compile(dynamic=False, mode="reduce-overhead")  # type: ignore[union-attr]
-        return
-    parts = split_layers(model)
-    for part in (parts.embeddings, *parts.layers):
-        part.compile(dynamic=False)
+    model.base_model.compile(dynamic=False, mode="reduce-overhead" if graphs else None)  # type: ignore[union-attr]

@@ -21,13 +21,16 @@ from raylab.data.tokens import TokenStore, Vocabulary
 from raylab.job.blocks import Pretrain
 from raylab.job.specs import TrialSpec
 from raylab.training.batches import Inputs, Place, Units
-from raylab.training.compilation import GRAPH_WIDTH, can_compile, compile_encoder, pays, round_norms
+from raylab.training.compilation import can_compile, compile_encoder, pays, round_norms
+from raylab.training.dropout import draw_keys, replace_dropout
 from raylab.training.encoder import choose_device, load_encoder, precision, save_encoder
 from raylab.training.feed import Fed, Rows, feed, move, pin
 from raylab.training.objectives import Batch, Learner, Totals, loss_weights
 from raylab.training.packing import fits_kernel
 
 CURVE_POINTS = 50
+# Gradients that travel at once, in MB: a compiled encoder is cut where they end, and every cut costs the host time.
+BUCKET_MB = 100
 
 # The parts of a rung's folder that pruning may take.
 ENCODER = "encoder"
@@ -60,12 +63,12 @@ class Progress:
 
 @dataclass
 class Training:
-    """A pre-training in memory; `compiled`: its encoder takes rows of fixed shapes alone."""
+    """A pre-training in memory; a compiled encoder takes rows of fixed shapes alone, and the keys of its dropout."""
 
     learner: Learner
     optimizer: torch.optim.Optimizer
     progress: Progress
-    compiled: bool = False
+    dropout: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ def load_learner(spec: TrialSpec, data: Data, folder: Path, *, trained: bool) ->
 def load_training(spec: TrialSpec, data: Data, folder: Path, *, resume: bool, world: World = ALONE) -> Training:
     """A training from a rung's folder; `resume` takes optimiser and heads too, else only the encoder's weights."""
     learner = load_learner(spec, data, folder, trained=resume)
-    compiled = prepare_encoder(learner, spec.settings.resources.compile, world)
+    dropout = prepare_encoder(learner, spec.settings.resources.compile, world)
     optimizer = make_optimizer(learner, spec.settings.pretrain)
     progress = Progress(**json.loads((folder / "progress.json").read_text()))
     if resume:
@@ -129,11 +132,14 @@ def load_training(spec: TrialSpec, data: Data, folder: Path, *, resume: bool, wo
                 state = {k: tensors[f"{names[id(p)]}|{k}"] for k in ("step", "exp_avg", "exp_avg_sq")}
                 fused = optimizer.defaults["fused"]
                 optimizer.state[p] = {k: v.to(p.device) if k != "step" or fused else v for k, v in state.items()}
-    return Training(learner, optimizer, progress, compiled)
+    return Training(learner, optimizer, progress, dropout)
 
 
-def prepare_encoder(learner: Learner, wanted: Literal["auto", "always", "never"], world: World) -> bool:
-    """Readies an encoder for training on its device; whether it was compiled. Raises JobError where it can't be."""
+def prepare_encoder(learner: Learner, wanted: Literal["auto", "always", "never"], world: World) -> Tensor | None:
+    """Readies an encoder for training on its device; where it was compiled, the keys of its dropout, else None.
+
+    Raises JobError where it has to be compiled and can't be.
+    """
     pretrain, device = learner.pretrain, next(learner.parameters()).device
     if fits_kernel(learner.encoder, device):
         round_norms(learner.encoder)
@@ -144,12 +150,11 @@ def prepare_encoder(learner: Learner, wanted: Literal["auto", "always", "never"]
         )
     flops = 6.0 * count_weights(learner) * pretrain.num_tokens / world.size
     if not able or wanted == "never" or (wanted == "auto" and not pays(flops, pretrain.num_tokens // world.size)):
-        return False
-    config: Any = learner.encoder.config
-    compile_encoder(
-        learner.encoder, graphs=config.hidden_size < GRAPH_WIDTH and world.size == pretrain.accumulation == 1
-    )
-    return True
+        return None
+    keys = replace_dropout(learner.encoder.base_model)  # type: ignore[arg-type]
+    # A graph's gradients lie where its next replay writes: one pass a step, and nobody else who reads them.
+    compile_encoder(learner.encoder, graphs=world.size == pretrain.accumulation == 1)
+    return keys
 
 
 def save_training(training: Training, tokenizer: Path, folder: Path, *, last: bool) -> None:
@@ -245,7 +250,9 @@ def train(
     device = next(learner.parameters()).device
     model: nn.Module = learner
     if world.size > 1:
-        model = DistributedDataParallel(learner, find_unused_parameters=True)
+        model = DistributedDataParallel(
+            learner, find_unused_parameters=True, broadcast_buffers=False, bucket_cap_mb=BUCKET_MB
+        )
     learner.train()
     weights = loss_weights(pretrain)
     meter = Meter(progress, world)
@@ -260,7 +267,7 @@ def train(
         flop_counter(learner),
         rows=Rows(
             fits_kernel(learner.encoder, device),
-            -(-pretrain.batch_tokens // (pretrain.accumulation * world.size)) if training.compiled else None,
+            -(-pretrain.batch_tokens // (pretrain.accumulation * world.size)) if training.dropout is not None else None,
             units.longest,
         ),
         pad_id=data.vocabulary.pad_id,
@@ -274,7 +281,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = rate
         # Dropout's numbers come from the step, not from a state that a checkpoint would have to carry.
-        torch.manual_seed(derive_seed(seed, "dropout", progress.step, world.rank))
+        _seed_dropout(training, derive_seed(seed, "dropout", progress.step, world.rank))
         values = _backward(model, batches, totals, weights, device)
         values["gradient_norm"] = nn.utils.clip_grad_norm_(learner.parameters(), pretrain.max_grad_norm)
         optimizer.step()
@@ -295,6 +302,12 @@ def train(
             progress.sums, progress.num_summed, progress.data_seconds = {}, 0, 0.0
             meter = Meter(progress, world)
     meter.read()
+
+
+def _seed_dropout(training: Training, seed: int) -> None:
+    torch.manual_seed(seed)
+    if training.dropout is not None:
+        training.dropout.copy_(draw_keys(seed, len(training.dropout)).pin_memory(), non_blocking=True)
 
 
 def _backward(
