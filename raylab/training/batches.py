@@ -71,7 +71,8 @@ class Units(NamedTuple):
     """What a training run draws from: pieces of texts (mlm, metadata) or whole documents (declutr).
 
     A unit gives `texts` texts or anchors; `row` int64 [num] are the documents' rows. `cost(epoch, units)` gives the
-    tokens that each unit brings into the encoder, `build(epochs, units)` their inputs.
+    tokens that each unit brings into the encoder, `build(epochs, units)` their inputs. `nothing` are the inputs of a
+    worker that has no unit, but must take part: an empty text that counts nowhere.
     """
 
     num: int
@@ -79,6 +80,7 @@ class Units(NamedTuple):
     row: Ints
     cost: Callable[[int, Ints], Ints]
     build: Callable[[Ints, Ints], Inputs]
+    nothing: Inputs
 
 
 def pad_rows(rows: Sequence[NDArray[np.int32]], vocabulary: Vocabulary) -> tuple[Ints, Ints]:
@@ -208,7 +210,7 @@ def iterate_steps(units: Units, batch_tokens: int, seed: int, place: Place) -> I
         picked, first = window[:, chosen], int(free.argmax())
         window, taken, start = window[:, first:], np.flatnonzero(~free[first:]), start + first
         place = Place(*divmod(start, units.num), tuple(taken.tolist()))
-        yield Step(*picked, int(picked[2].sum()), place)
+        yield Step(picked[0], picked[1], picked[2], int(picked[2].sum()), place)
 
 
 def deal(costs: Ints, num: int) -> list[Ints]:
@@ -257,6 +259,12 @@ def _mask_texts(
     return Inputs(ids, positions, offsets, selected, targets, rows)
 
 
+def _build_nothing(vocabulary: Vocabulary) -> Inputs:
+    none = np.zeros(0, dtype=np.int64)
+    empty = pack_segments(np.zeros(1, dtype=np.int32), np.zeros(1, int), np.zeros(1, int), vocabulary)
+    return Inputs(*empty, none, none, none)
+
+
 def piece_units(
     store: TokenStore, rows: Ints, vocabulary: Vocabulary, corpus: Corpus, pretrain: Pretrain, seed: int
 ) -> Units:
@@ -272,7 +280,7 @@ def piece_units(
         keys = rows * LONGEST_TEXT + start
         return _mask_texts(packed, rows, keys, epochs, seed, pretrain.mlm.mask_fraction, vocabulary)
 
-    return Units(len(pieces.row), 1, pieces.row, cost, build)
+    return Units(len(pieces.row), 1, pieces.row, cost, build, _build_nothing(vocabulary))
 
 
 def keep_documents(lengths: Ints, declutr: Declutr) -> NDArray[np.bool_]:
@@ -330,7 +338,7 @@ def span_units(
         shown = np.repeat(epochs, declutr.num_anchors)
         return _mask_texts(packed, owners, keys, shown, seed, pretrain.mlm.mask_fraction, vocabulary)
 
-    return Units(len(rows), declutr.num_anchors, rows, cost, build)
+    return Units(len(rows), declutr.num_anchors, rows, cost, build, _build_nothing(vocabulary))
 
 
 UNITS = {"mlm": piece_units, "metadata": piece_units, "declutr": span_units}

@@ -20,9 +20,10 @@ from raylab.data.tokens import TokenStore, Vocabulary
 from raylab.job.blocks import Pretrain
 from raylab.job.specs import TrialSpec
 from raylab.training.batches import Inputs, Place, Units
+from raylab.training.cache import cache_gradients
 from raylab.training.encoder import choose_device, load_encoder, precision, save_encoder
-from raylab.training.feed import Fed, feed, move
-from raylab.training.objectives import Batch, Learner, Totals, loss_weights
+from raylab.training.feed import Fed, Part, feed, move
+from raylab.training.objectives import Learner, Totals, is_contrastive, loss_weights
 from raylab.training.packing import fits_kernel
 
 CURVE_POINTS = 50
@@ -49,6 +50,7 @@ class Progress:
     tokens: int = 0
     epoch: int = 0
     position: int = 0
+    ahead: list[int] = field(default_factory=list)
     flops: float = 0.0
     sums: dict[str, float] = field(default_factory=dict)
     num_summed: int = 0
@@ -209,10 +211,19 @@ def _sum_counts(fed: Fed, world: World, device: torch.device) -> tuple[Tensor, T
 
 
 def train(
-    training: Training, units: Units, data: Data, pretrain: Pretrain, seed: int, until: int, world: World = ALONE
+    training: Training,
+    units: Units,
+    data: Data,
+    pretrain: Pretrain,
+    seed: int,
+    until: int,
+    world: World = ALONE,
+    *,
+    chunk_tokens: int | None = None,
 ) -> None:
     """Steps until `until` tokens have entered the encoder, over all workers; changes `training` in place.
 
+    At most `chunk_tokens` pass through the encoder at once (None: a worker's whole share of a part of a step).
     The host never waits for the device but at points of the curves and at the end: a loss or gradient that is not
     finite is found there (NotFiniteError, which names its step).
     """
@@ -229,30 +240,32 @@ def train(
         data.categories,
         pretrain,
         seed,
-        Place(progress.epoch, progress.position),
+        Place(progress.epoch, progress.position, tuple(progress.ahead)),
         until - progress.tokens,
         world,
         flop_counter(learner),
+        chunk_tokens=chunk_tokens,
         kernel=fits_kernel(learner.encoder, device),
     )
     for fed in feeds:
         step = fed.step
-        totals = Totals(*_sum_counts(fed, world, device), pretrain.accumulation, world.size)
-        batches = [move(batch, device) for batch in fed.batches]
+        totals = Totals(*_sum_counts(fed, world, device), len(fed.parts), world.size)
+        parts = move(fed.parts, device)
         rate = learning_rate(pretrain, progress.tokens + step.num_tokens / 2)
         for group in optimizer.param_groups:
             group["lr"] = rate
         # Dropout's numbers come from the step, not from a state that a checkpoint would have to carry.
-        torch.manual_seed(derive_seed(seed, "dropout", progress.step, world.rank))
-        values = _backward(model, batches, totals, weights, device)
+        dropout = derive_seed(seed, "dropout", progress.step, world.rank)
+        values = _backward(model, learner, parts, totals, weights, dropout)
         values["gradient_norm"] = nn.utils.clip_grad_norm_(learner.parameters(), pretrain.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         meter.add(values, fed.flops, fed.waited, progress.tokens)
         progress.step += 1
         before, progress.tokens = progress.tokens, progress.tokens + step.num_tokens
-        progress.epoch, progress.position = step.after
-        for name, value in (("learning_rate", rate), ("documents", float(len(step.units)))):
+        progress.epoch, progress.position, progress.ahead = step.after.epoch, step.after.position, [*step.after.ahead]
+        counted = {"learning_rate": rate, "documents": float(len(step.units))}
+        for name, value in (counted if fed.negatives is None else counted | {"negatives": fed.negatives}).items():
             progress.sums[name] = progress.sums.get(name, 0.0) + value
         progress.num_summed += 1
         point = pretrain.num_tokens / CURVE_POINTS
@@ -267,19 +280,40 @@ def train(
 
 
 def _backward(
-    model: nn.Module, batches: list[Batch], totals: Totals, weights: Mapping[str, float], device: torch.device
+    model: nn.Module,
+    learner: Learner,
+    parts: tuple[Part, ...],
+    totals: Totals,
+    weights: Mapping[str, float],
+    seed: int,
 ) -> dict[str, Tensor]:
-    """Gradients of the step's loss; returns the weighted loss and each loss, this worker's sums over its parts."""
+    """Gradients of the step's loss; returns the weighted loss and each loss, this worker's sums over its parts.
+
+    `model` is the learner, or what trains it with other workers; `seed` that of dropout.
+    """
+    device = next(learner.parameters()).device
     sums: dict[str, Tensor] = {}
-    for index, batch in enumerate(batches):
-        last = index == len(batches) - 1
-        with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext():
-            with precision(device):
-                losses = model(batch, totals)
-            loss = sum((weights[name] * value for name, value in losses.items()), torch.zeros((), device=device))
-            loss.backward()
-        for name, value in {**{f"{name}_loss": value for name, value in losses.items()}, "loss": loss}.items():
-            sums[name] = sums.get(name, 0.0) + value.detach().double()
+    left = sum(len(part.chunks) for part in parts)
+    for index, part in enumerate(parts):
+        seeds = [derive_seed(seed, index, chunk) for chunk in range(len(part.chunks))]
+        cache = None
+        if part.chunked and is_contrastive(learner.pretrain):
+            cache = cache_gradients(learner, part.chunks, totals, seeds)
+        for chunk, batch in enumerate(part.chunks):
+            left -= 1
+            # Workers exchange gradients once a step, in the last backward pass.
+            with model.no_sync() if isinstance(model, DistributedDataParallel) and left else nullcontext():
+                torch.manual_seed(seeds[chunk])
+                with precision(device):
+                    losses = model(batch, totals, None if cache is None else cache.gradients[chunk])
+                loss = sum((weights[name] * value for name, value in losses.items()), torch.zeros((), device=device))
+                loss.backward()
+            if cache is not None:
+                # What stood for the contrastive loss has its gradients, not its value.
+                losses[learner.pretrain.objective] = cache.loss / len(part.chunks)
+            for name, value in losses.items():
+                sums[f"{name}_loss"] = sums.get(f"{name}_loss", 0.0) + value.detach().double()
+    sums["loss"] = torch.stack([weights[name] * sums[f"{name}_loss"] for name in losses]).sum()
     return sums
 
 
