@@ -162,7 +162,9 @@ def choose_units(costs: Ints, batch_tokens: int) -> Ints:
     taken = np.arange(max(count, 1))
     if not count or running[count - 1] == batch_tokens:
         return taken
-    extra = np.append(costs[count : count + AHEAD], 0)
+    ahead = costs[count : count + AHEAD]
+    # Where fewer stand there, some that fit nowhere.
+    extra = np.concatenate([ahead, np.full(AHEAD - len(ahead), batch_tokens + 1), [0]])
     sums = extra[PAIRS[0]] + extra[PAIRS[1]]
     order = np.argsort(sums, kind="stable")
     ordered = sums[order]

@@ -118,9 +118,7 @@ def _pair_spans(learner: Learner, pooled: Tensor, batch: Batch) -> Tensor:
 
 
 def _contrast_spans(learner: Learner, rows: Tensor, categories: Tensor, counts: tuple[int, ...]) -> Tensor:
-    """NT-Xent of the pairs of all workers."""
-    if not any(counts):
-        return rows.sum()
+    """NT-Xent of the pairs of all workers; a part has some, for it has units."""
     anchors, positives = _gather(rows, counts).chunk(2, 1)
     return nt_xent(anchors, positives, learner.pretrain.declutr.temperature)
 
