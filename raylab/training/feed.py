@@ -58,15 +58,14 @@ def make_batch(
 
 
 def deal_chunks(costs: Ints, chunk_tokens: int | None) -> list[Ints]:
-    """The units of a share, places in it, in chunks of at most `chunk_tokens`; a larger unit is a chunk of its own."""
+    """The units of a share, places in it, in even chunks of at most `chunk_tokens`, or of the largest unit."""
     if chunk_tokens is None or not len(costs):
         return [np.arange(len(costs))]
-    num = -(-int(costs.sum()) // chunk_tokens)
-    while True:
-        chunks = deal(costs, min(num, len(costs)))
-        if num >= len(costs) or max(int(costs[chunk].sum()) for chunk in chunks) <= chunk_tokens:
-            return chunks
-        num += 1
+    most = max(chunk_tokens, int(costs.max()))
+    chunks = deal(costs, -(-int(costs.sum()) // most))
+    while any(costs[chunk].sum() > most for chunk in chunks):
+        chunks = deal(costs, len(chunks) + 1)
+    return chunks
 
 
 def _count_pairs(rows: Ints) -> tuple[int, int]:
