@@ -16,6 +16,7 @@ from torch import multiprocessing
 from raylab.base.world import ALONE, World
 from raylab.data.tokens import TokenStore, Vocabulary
 from raylab.job.blocks import Corpus, Pretrain
+from raylab.job.specs import Resources
 from raylab.training.batches import UNITS, Place, Units, iterate_steps
 from raylab.training.loop import Data, Progress, Training, make_optimizer, prepare_encoder, train
 from raylab.training.objectives import Learner
@@ -67,8 +68,8 @@ def make_data(case: Case) -> tuple[Pretrain, Data, Units]:
 def make_training(case: Case, pretrain: Pretrain, data: Data, compiled: str, world: World = ALONE) -> Training:
     """As a trial makes it, from random weights."""
     learner = Learner(make_roberta(case.config), pretrain, data.num_categories).to(f"cuda:{world.rank}")
-    dropout = prepare_encoder(learner, compiled, world)  # type: ignore[arg-type]
-    return Training(learner, make_optimizer(learner, pretrain), Progress(), dropout)
+    prepare_encoder(learner, Resources(compile=compiled), world)  # type: ignore[arg-type]
+    return Training(learner, make_optimizer(learner, pretrain), Progress())
 
 
 def draw_inputs(case: Case, steps: int) -> list[tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]]:
@@ -94,23 +95,20 @@ def measure(
     begun = time.perf_counter()
 
     def go(number: int) -> None:
-        # Every step brings more than half of its budget.
-        wanted = progress.step + number
-        while progress.step < wanted:
-            until = progress.tokens + (wanted - progress.step - 1) * pretrain.batch_tokens + 1
-            train(training, units, data, pretrain, 0, until, world)
+        # Steps are all but full.
+        train(training, units, data, pretrain, 0, progress.tokens + int((number - 0.5) * pretrain.batch_tokens), world)
         torch.cuda.synchronize()
 
-    go(40)
+    go(12)
     setup = time.perf_counter() - begun
     torch.cuda.reset_peak_memory_stats()
     rows = []
     for _ in range(repeats):
-        before = (progress.step, progress.tokens, progress.flops, units_seen(progress, units))
+        before = (progress.step, progress.tokens, progress.flops, count_seen(progress, units))
         begun = time.perf_counter()
         go(steps)
         seconds = time.perf_counter() - begun
-        after = (progress.step, progress.tokens, progress.flops, units_seen(progress, units))
+        after = (progress.step, progress.tokens, progress.flops, count_seen(progress, units))
         num = after[0] - before[0]
         rows.append([seconds / num, *((b - a) / num for a, b in zip(before[1:], after[1:], strict=True))])
     if profile:
@@ -123,8 +121,8 @@ def measure(
     return Ours(seconds, tokens, documents, flops, torch.cuda.max_memory_allocated(), setup)
 
 
-def units_seen(progress: Progress, units: Units) -> float:
-    """Documents or texts so far."""
+def count_seen(progress: Progress, units: Units) -> float:
+    """Documents or texts so far; those taken ahead of their place are of the next steps as often as of the last."""
     return float(progress.epoch * units.num + progress.position)
 
 

@@ -6,6 +6,7 @@ from torch import nn
 from raylab.base.mistakes import JobError
 from raylab.base.world import ALONE
 from raylab.job.blocks import Pretrain
+from raylab.job.specs import Resources
 from raylab.training.compilation import can_compile, choose_room, pays, round_norms
 from raylab.training.encoder import load_encoder
 from raylab.training.loop import prepare_encoder
@@ -33,9 +34,10 @@ def test_short_trainings_go_without():
 @pytest.mark.skipif(can_compile(torch.device("cuda")) and torch.cuda.is_available(), reason="there is such a GPU")
 def test_always_needs_a_gpu(encoder_folders):
     learner = Learner(load_encoder(str(encoder_folders["roberta"]))[0], Pretrain(), 0)
-    assert prepare_encoder(learner, "auto", ALONE) is None
+    prepare_encoder(learner, Resources(), ALONE)
+    assert learner.dropout is None
     with pytest.raises(JobError, match=r"resources\.compile"):
-        prepare_encoder(learner, "always", ALONE)
+        prepare_encoder(learner, Resources(compile="always"), ALONE)
 
 
 def test_norms_are_rounded_under_autocast_alone(encoder_folders):

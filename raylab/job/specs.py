@@ -160,6 +160,12 @@ class Resources(Model):
     compile: Literal["auto", "always", "never"] = Field(
         "auto", description="pre-training on GPUs by torch.compile; auto: where it lasts long enough to pay"
     )
+    chunk_tokens: int | None = Field(
+        None,
+        ge=16,
+        description="pre-training: tokens that pass through the encoder at once on a worker (a document's spans stay "
+        "together), for steps larger than memory with all their negatives: gradient caching; null: its whole share",
+    )
 
 
 class Job(Model):

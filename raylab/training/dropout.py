@@ -63,3 +63,11 @@ def draw_keys(seed: int, num: int) -> Tensor:
     """Keys from a seed, int32 [num, 2]."""
     words = np.random.default_rng(seed).integers(0, 2**32, (num, 2), dtype=np.uint32)
     return torch.from_numpy(words.view(np.int32))
+
+
+def seed_dropout(keys: Tensor | None, seed: int) -> None:
+    """Decides the next pass's dropout: torch's own, and the hashed one of `keys`."""
+    torch.manual_seed(seed)
+    if keys is not None:
+        drawn = draw_keys(seed, len(keys))
+        keys.copy_(drawn.pin_memory() if keys.is_cuda else drawn, non_blocking=True)
