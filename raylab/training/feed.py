@@ -28,14 +28,13 @@ class Part(NamedTuple):
 class Fed(NamedTuple):
     """A worker's share of a step: its parts, on the CPU, and counts over them.
 
-    Masked tokens, texts with a category, and what `count_flops` counts. Over all workers, `negatives` are those of a
+    `counts` float32 [2] are masked tokens and texts with a category; `flops` what `count_flops` counts. Over all workers, `negatives` are those of a
     contrastive loss, mean a point; None without one. `waited` is in seconds.
     """
 
     step: Step
     parts: tuple[Part, ...]
-    selected: int
-    categories: int
+    counts: Tensor
     flops: float
     negatives: float | None
     waited: float
@@ -171,11 +170,14 @@ def feed(
             found = count_negatives(step.units[part]) if contrastive else (0, 0)
             points, negatives = points + found[0], negatives + found[1]
         batches = tuple(batch for part in parts for batch in part.chunks)
+        counted = torch.tensor(
+            [sum(len(batch.targets) for batch in batches), sum(len(batch.known) for batch in batches)],
+            dtype=torch.float32,
+        )
         return Fed(
             step,
             pin(tuple(parts)) if pinned else tuple(parts),
-            sum(len(batch.targets) for batch in batches),
-            sum(len(batch.known) for batch in batches),
+            pin(counted) if pinned else counted,
             sum(count_flops(inputs) for inputs in built),
             negatives / max(points, 1) if contrastive else None,
             0.0,

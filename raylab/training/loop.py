@@ -25,7 +25,7 @@ from raylab.training.cache import cache_gradients
 from raylab.training.compilation import can_compile, compile_encoder, pays, round_norms
 from raylab.training.dropout import replace_dropout, seed_dropout
 from raylab.training.encoder import choose_device, load_encoder, precision, save_encoder
-from raylab.training.feed import Fed, Part, Rows, feed, move, pin
+from raylab.training.feed import Fed, Part, Rows, feed, move
 from raylab.training.objectives import Learner, Totals, is_contrastive, loss_weights
 from raylab.training.packing import fits_kernel
 
@@ -231,8 +231,7 @@ class Meter:
 
 def _sum_counts(fed: Fed, world: World, device: torch.device) -> tuple[Tensor, Tensor]:
     """Masked tokens and texts with a category of a whole step, on the device."""
-    told = torch.tensor([fed.selected, fed.categories], dtype=torch.float32)
-    counts: Tensor = move(pin(told) if device.type == "cuda" else told, device)
+    counts: Tensor = move(fed.counts, device)
     if world.size > 1:
         torch.distributed.all_reduce(counts)
     selected, categories = counts.unbind()
