@@ -11,9 +11,9 @@ from transformers import AutoModel, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from raylab.base.mistakes import JobError
 from raylab.training.batches import pad_rows
+from raylab.training.embedding import embed
 from raylab.training.encoder import (
     HEADS,
-    embed,
     encode,
     inspect_encoder,
     load_encoder,

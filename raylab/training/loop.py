@@ -20,7 +20,8 @@ from raylab.data.tokens import TokenStore, Vocabulary
 from raylab.job.blocks import Pretrain
 from raylab.job.specs import TrialSpec
 from raylab.training.batches import Inputs, Place, Units
-from raylab.training.encoder import choose_device, load_encoder, precision, save_encoder
+from raylab.training.dropout import quicken
+from raylab.training.encoder import choose_device, is_half, load_encoder, precision, save_encoder
 from raylab.training.feed import Fed, feed, move
 from raylab.training.objectives import Batch, Learner, Totals, loss_weights
 from raylab.training.packing import fits_kernel
@@ -90,8 +91,7 @@ def make_optimizer(learner: Learner, pretrain: Pretrain) -> torch.optim.Optimize
         {"params": [p for _, p in trained if p.ndim >= 2], "weight_decay": pretrain.weight_decay},
         {"params": [p for _, p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    fused = all(p.is_cuda for _, p in trained)
-    return torch.optim.AdamW(groups, lr=pretrain.learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=fused)
+    return torch.optim.AdamW(groups, lr=pretrain.learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
 def learning_rate(pretrain: Pretrain, tokens: float) -> float:
@@ -106,6 +106,7 @@ def load_learner(spec: TrialSpec, data: Data, folder: Path, *, trained: bool) ->
     """The encoder of a rung's folder with its losses; with the heads that were trained, where they were."""
     encoder, _ = load_encoder(str(folder / ENCODER))
     torch.manual_seed(derive_seed(spec.seed, "heads"))
+    quicken(encoder)
     learner = Learner(encoder, spec.settings.pretrain, data.num_categories).to(choose_device())
     if trained and learner.head is not None:
         learner.head.load_state_dict(load_file(folder / HEAD))
@@ -123,8 +124,7 @@ def load_training(spec: TrialSpec, data: Data, folder: Path, *, resume: bool) ->
         for group in optimizer.param_groups:
             for p in group["params"]:
                 state = {k: tensors[f"{names[id(p)]}|{k}"] for k in ("step", "exp_avg", "exp_avg_sq")}
-                fused = optimizer.defaults["fused"]
-                optimizer.state[p] = {k: v.to(p.device) if k != "step" or fused else v for k, v in state.items()}
+                optimizer.state[p] = {k: v.to(p.device) for k, v in state.items()}
     return Training(learner, optimizer, progress)
 
 
@@ -218,6 +218,7 @@ def train(
     """
     learner, optimizer, progress = training.learner, training.optimizer, training.progress
     device = next(learner.parameters()).device
+    half = is_half(pretrain.precision, learner.encoder)
     model: nn.Module = learner
     if world.size > 1:
         model = DistributedDataParallel(learner, find_unused_parameters=True)
@@ -233,7 +234,7 @@ def train(
         until - progress.tokens,
         world,
         flop_counter(learner),
-        kernel=fits_kernel(learner.encoder, device),
+        kernel=half and fits_kernel(learner.encoder, device),
     )
     for fed in feeds:
         step = fed.step
@@ -244,7 +245,7 @@ def train(
             group["lr"] = rate
         # Dropout's numbers come from the step, not from a state that a checkpoint would have to carry.
         torch.manual_seed(derive_seed(seed, "dropout", progress.step, world.rank))
-        values = _backward(model, batches, totals, weights, device)
+        values = _backward(model, batches, totals, weights, device, half)
         values["gradient_norm"] = nn.utils.clip_grad_norm_(learner.parameters(), pretrain.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -267,14 +268,19 @@ def train(
 
 
 def _backward(
-    model: nn.Module, batches: list[Batch], totals: Totals, weights: Mapping[str, float], device: torch.device
+    model: nn.Module,
+    batches: list[Batch],
+    totals: Totals,
+    weights: Mapping[str, float],
+    device: torch.device,
+    half: bool,
 ) -> dict[str, Tensor]:
     """Gradients of the step's loss; returns the weighted loss and each loss, this worker's sums over its parts."""
     sums: dict[str, Tensor] = {}
     for index, batch in enumerate(batches):
         last = index == len(batches) - 1
         with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext():
-            with precision(device):
+            with precision(device, half):
                 losses = model(batch, totals)
             loss = sum((weights[name] * value for name, value in losses.items()), torch.zeros((), device=device))
             loss.backward()
