@@ -56,8 +56,9 @@ def is_half(asked: str, model: nn.Module) -> bool:
         return asked == "bfloat16"
     if choose_device().type == "cuda":
         return True
+    config: Any = model.config
     capable = any(torch.cpu.get_capabilities().get(name, False) for name in FAST_BF16)
-    return capable and model.config.hidden_size >= WIDE  # type: ignore[union-attr, operator]
+    return capable and bool(config.hidden_size >= WIDE)
 
 
 def name_precision(half: bool) -> str:
