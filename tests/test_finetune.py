@@ -265,6 +265,20 @@ def test_bfloat16_on_cpu_is_close_and_the_same_again(encoder_folders, store, voc
     assert cosines.min() > 0.9999
 
 
+@pytest.mark.parametrize("depth", ["none", "1"])
+def test_fine_tuning_in_bfloat16_is_close_and_the_same_again(depth, encoder_folders, store, vocabulary, tmp_path):
+    model = load_still(encoder_folders["bert"])
+    texts, above = texts_at(model, depth, store, vocabulary, tmp_path), copy_above(model, depth)
+    full, half, again = (
+        fine_tune(above, texts, RUN, [SETTINGS.steps], 3, SETTINGS, half=half).probabilities[0]
+        for half in (False, True, True)
+    )
+    assert np.array_equal(half, again)
+    assert not np.array_equal(half, full)
+    np.testing.assert_allclose(half, full, atol=0.05)
+    assert next(above.parameters()).dtype == torch.float32
+
+
 def test_pruned_states_are_made_again(encoder_folders, store, vocabulary, tmp_path):
     model, calls = load_still(encoder_folders["roberta"]), []
 

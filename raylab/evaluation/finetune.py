@@ -36,7 +36,7 @@ from raylab.training.feed import move
 from raylab.training.packing import encode_packed, fits_kernel, lay_out, pool_segments
 
 # Tokens that pass at once without gradients: few stay in a processor's cache, many keep a GPU busy.
-EVAL_TOKENS = {"cpu": 4096, "cuda": 16_384}
+EVAL_TOKENS = {"cpu": 2048, "cuda": 16_384}
 STATE = "state.safetensors"
 OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")
 

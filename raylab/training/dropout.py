@@ -13,7 +13,7 @@ class QuickDropout(nn.Dropout):
     def forward(self, input: Tensor) -> Tensor:
         """Any shape; drawn from torch's generator, whole, whatever the number of threads."""
         dropped = round(self.p * LEVELS)
-        if not self.training or not dropped or input.device.type != "cpu":
+        if not self.training or not 0 < dropped < LEVELS or input.device.type != "cpu":
             return super().forward(input)
         bits = torch.empty(-(-input.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
         kept = bits.view(torch.int16)[: input.numel()].view(input.shape) >= dropped - LEVELS // 2
