@@ -324,7 +324,7 @@ def test_flops_agree_with_torch(objective, make_spec, monkeypatch):
     inputs = units.build(np.zeros(8, int), np.arange(8))
     # Torch's counter leaves the fused attention out on CPU.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        batch = make_batch(inputs, None, kernel=False)
+        batch = make_batch(inputs, None)
         losses = learner(batch, Totals(torch.tensor(float(len(inputs.targets))), torch.tensor(0.0), 1, 1))
         sum(losses.values()).backward()
     estimated = flop_counter(learner)(inputs)

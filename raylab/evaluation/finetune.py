@@ -68,7 +68,7 @@ def embed_texts(above: nn.Module, texts: Texts, rows: Ints, *, half: bool = Fals
     inputs, positions, layout = move((inputs, positions, layout), device)
     with precision(device, half):
         hidden = encode_packed(above, inputs, positions, layout)
-    pooled = pool_segments(hidden, layout)
+    pooled = pool_segments(hidden, layout, len(hidden))
     if len(pieces) == len(rows):
         return pooled
     owner = np.repeat(np.arange(len(rows)), counts)

@@ -157,6 +157,15 @@ class Resources(Model):
     cpus_per_worker: int = Field(1, ge=1)
     gpus_per_worker: float | None = Field(None, ge=0, description="null: 1 where the cluster has GPUs, else 0")
     max_concurrent_trials: int | None = Field(None, ge=1, description="null: as many as fit")
+    compile: Literal["auto", "always", "never"] = Field(
+        "auto", description="pre-training on GPUs by torch.compile; auto: where it lasts long enough to pay"
+    )
+    chunk_tokens: int | None = Field(
+        None,
+        ge=16,
+        description="pre-training: tokens that pass through the encoder at once on a worker (a document's spans stay "
+        "together), for steps larger than memory with all their negatives: gradient caching; null: its whole share",
+    )
 
 
 class Job(Model):

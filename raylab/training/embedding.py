@@ -74,7 +74,7 @@ def pass_pieces(
             inputs, places, layout = move(packed, device)
             with precision(device, half):
                 hidden = encode_packed(model, inputs, places, layout)
-            yield Passed(batch, offsets, pool_segments(hidden, layout).cpu().numpy(), dict(caught))
+            yield Passed(batch, offsets, pool_segments(hidden, layout, len(ids)).cpu().numpy(), dict(caught))
     finally:
         for hook in hooks:
             hook.remove()

@@ -144,7 +144,7 @@ def _encode_rows(encoder: nn.Module, ids: Ints, mask: Ints, half: bool) -> tuple
     inputs, places, layout = move(packed, device)
     with precision(device, half):
         hidden = encode_packed(encoder, inputs, places, layout)
-    return hidden, pool_segments(hidden, layout)
+    return hidden, pool_segments(hidden, layout, len(hidden))
 
 
 def _batches(num: int) -> list[slice]:
