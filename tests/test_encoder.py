@@ -10,12 +10,18 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from raylab.base.mistakes import JobError
+from raylab.data.tokens import Vocabulary
+from raylab.job.blocks import EncoderConfig
 from raylab.training.batches import pad_rows
+from raylab.training.embedding import embed
 from raylab.training.encoder import (
     HEADS,
-    embed,
+    WIDE,
+    build_encoder,
+    choose_device,
     encode,
     inspect_encoder,
+    is_half,
     load_encoder,
     pool,
     predict_tokens,
@@ -207,3 +213,23 @@ def test_inspection_finds_what_is_missing(encoder_folders, tmp_path):
     save_file(weights, tmp_path / "cut" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(JobError, match="1 weights are missing"):
         inspect_encoder(str(tmp_path / "cut"), None)
+
+
+def test_precision_is_what_the_machine_and_the_width_say(tmp_path):
+    """The processor's flags as the kernel lists them; narrow encoders stay in float32."""
+    narrow, wide = (
+        build_encoder(
+            EncoderConfig(hidden_size=width, num_hidden_layers=1, num_attention_heads=4, intermediate_size=width),
+            Vocabulary(0, 2, 1, 4, [0, 1, 2, 3, 4], 300), 64, 0,
+        )
+        for width in (WIDE - 8, WIDE)
+    )  # fmt: skip
+    for model in (narrow, wide):
+        assert is_half("bfloat16", model)
+        assert not is_half("float32", model)
+    if choose_device().type == "cuda":
+        assert is_half("auto", narrow)
+        return
+    assert not is_half("auto", narrow)
+    flags = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")
+    assert is_half("auto", wide) == any(flag in flags.split() for flag in ("amx_bf16", "avx512_bf16"))

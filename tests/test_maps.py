@@ -19,7 +19,7 @@ from raylab.runs.preparation import find_last_rung, make_spec, prepare
 from raylab.runs.trial import run_trial
 from raylab.statistics.analysis import default_target, list_arms
 from raylab.store.stages import FOLDER, Stage, peek_key, read_info
-from raylab.training.encoder import embed
+from raylab.training.embedding import embed
 
 RARE = "Zebra's disease"
 

@@ -3,11 +3,13 @@ import copy
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import FAMILIES
 
+from raylab.training import packing
 from raylab.training.batches import pack_segments, pad_rows
-from raylab.training.encoder import encode, load_encoder, pool
-from raylab.training.packing import encode_packed, fits_kernel, lay_out, pool_segments
+from raylab.training.encoder import encode, load_encoder, pool, precision
+from raylab.training.packing import WHOLE_SCORES, encode_packed, fits_kernel, lay_out, pool_segments
 
 # Several buckets, one text of two tokens with special ones alone, and lengths alike.
 LENGTHS = [3, 40, 17, 25, 40, 0, 39, 62, 62, 9, 3, 31]
@@ -108,6 +110,31 @@ def test_attention_has_no_dropout_and_the_rest_has(encoder_folders, texts):
     assert torch.equal(first, second)
     model.base_model.embeddings.dropout.p = 0.5
     assert not torch.equal(first, encode_packed(model, ids, positions, layout))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_on_a_processor_is_close(family, encoder_folders, texts, monkeypatch):
+    """Scores multiplied out, masked and windowed, against PyTorch's kernel in bf16, and against float32."""
+    model = load_encoder(str(encoder_folders[family]))[0].eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2 if parameter.ndim > 1 else 1)
+    (ids, positions, layout), _ = texts
+    full = gradients(model, *run_both(model, texts)[0])
+    found = {}
+    for longest in (WHOLE_SCORES, 0):
+        monkeypatch.setattr(packing, "WHOLE_SCORES", longest)
+        with precision(torch.device("cpu"), True):
+            hidden = encode_packed(model, ids, positions, layout)
+        found[longest] = gradients(model, hidden.float(), pool_segments(hidden, layout, len(hidden)))
+    assert any(not torch.equal(found[WHOLE_SCORES][1][name], other) for name, other in found[0][1].items())
+    for loss, ours in found.values():
+        torch.testing.assert_close(loss, full[0], rtol=0.05, atol=1)
+        for name, gradient in full[1].items():
+            assert ours[name].dtype == torch.float32
+            # Of gradients that are 0 but for rounding (keys' biases) nothing can be said.
+            if gradient.norm() > 1e-3 * gradient.numel() ** 0.5:
+                assert F.cosine_similarity(ours[name].flatten(), gradient.flatten(), dim=0) > 0.98, name
 
 
 def test_layout_of_any_lengths():

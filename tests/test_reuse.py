@@ -63,6 +63,7 @@ CHANGES = {
     "pretrain.weight_decay": ("mlm", 0.2, TRAINING),
     "pretrain.warmup_fraction": ("mlm", 0.2, TRAINING),
     "pretrain.max_grad_norm": ("mlm", 2.0, TRAINING),
+    "pretrain.precision": ("mlm", "bfloat16", TRAINING),
     "pretrain.mlm.mask_fraction": ("mlm", 0.3, TRAINING),
     "pretrain.mlm.weight": ("declutr", 0.5, TRAINING),
     "pretrain.declutr.num_anchors": ("declutr", 1, TRAINING),

@@ -44,6 +44,7 @@ EXPECTED = {
         "supervised_by": "string",
         "effective_spans": "string",
         "attempts": "int64", "wall_seconds": "double", "gpu_seconds": "double", "device": "string",
+        "precision": "string",
         "peak_memory_bytes": "int64", "num_steps": "int64", "num_tokens": "int64", "num_documents": "int64",
         "flops": "double", "data_digest": "string", "code_version": "string", "error": "string",
         "started_at": str(TIME), "updated_at": str(TIME),

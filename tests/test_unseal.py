@@ -27,7 +27,8 @@ from raylab.runs.preparation import make_spec, name_point, prepare
 from raylab.runs.progress import SweepProgress
 from raylab.runs.sweep import run_job
 from raylab.store.stages import FOLDER, read_info
-from raylab.training.encoder import embed, load_encoder
+from raylab.training.embedding import embed
+from raylab.training.encoder import load_encoder
 
 NONE, MLM = ({"pretrain.objective": objective} for objective in ("none", "mlm"))
 

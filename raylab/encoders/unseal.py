@@ -16,7 +16,7 @@ from raylab.evaluation.activations import STATES, Texts, join_texts, open_states
 from raylab.evaluation.baselines import BASELINES, score_baselines
 from raylab.evaluation.cells import Inputs, score_draws
 from raylab.evaluation.draws import list_draws
-from raylab.evaluation.evaluation import embed_rows, is_half, name_weights, open_encoder, state_rows
+from raylab.evaluation.evaluation import embed_rows, name_weights, open_encoder, state_rows
 from raylab.evaluation.probes import Rows
 from raylab.job.specs import Job, TrialSpec
 from raylab.results.tables import list_trials, now, write_rows
@@ -24,7 +24,8 @@ from raylab.runs.preparation import Preparation, find_last_rung, make_spec, name
 from raylab.runs.trial import set_threads
 from raylab.search.search import is_current, read_values
 from raylab.store.stages import FOLDER, Stage, prune_stage, read_info
-from raylab.training.encoder import embed
+from raylab.training.embedding import embed
+from raylab.training.encoder import is_half
 
 
 def unseal_job(
@@ -123,7 +124,8 @@ def _score_task(
     vocabulary = Vocabulary(**read_info(root / spec.tokenizer))
     eval_x = embed(
         model, sealed_store, everything, vocabulary,
-        max_length=corpus.max_length, long_documents=corpus.long_documents, half=is_half(spec),
+        max_length=corpus.max_length, long_documents=corpus.long_documents,
+        half=is_half(spec.settings.evaluate.precision, model),
     )  # fmt: skip
     states: list[Stage] = []
 

@@ -13,7 +13,8 @@ from raylab.data.tokens import TokenStore, Vocabulary
 from raylab.job.blocks import Corpus
 from raylab.store.stages import Stage, build_stage, prune_stage
 from raylab.training.batches import Ints, cut_pieces, slice_piece
-from raylab.training.encoder import Pooling, pass_pieces, split_layers
+from raylab.training.embedding import Pooling, pass_pieces
+from raylab.training.encoder import is_half, name_precision, split_layers
 
 # Files of a stage of activations that pruning takes; they are made again where they are needed.
 STATES = "states-"
@@ -75,18 +76,19 @@ def keep_states(
     vocabulary: Vocabulary,
     corpus: Corpus,
     depths: Sequence[str],
-    half: bool = False,
+    asked: str = "float32",
 ) -> Stage:
     """The hidden states of some rows at each of `depths`, and their embeddings, from one pass; kept by content.
 
     A depth beyond the encoder's layers is left out: another arm may ask for it, and is told.
 
     states-DEPTH.npy float16 [T, D] (float32 where a value does not fit), all tokens of the rows' pieces one behind the
-    other; first.npy and length.npy say where; embeddings.npy float32 [len(rows), D].
+    other; first.npy and length.npy say where; embeddings.npy float32 [len(rows), D]. `asked` is `evaluate.precision`.
     """
 
     def build(folder: Path) -> dict[str, Any]:
         encoder = model()
+        half = is_half(asked, encoder)
         config: Any = encoder.config
         layers = len(split_layers(encoder).layers)
         boundaries = [depth for depth in depths if not depth.isdigit() or int(depth) <= layers]
@@ -110,16 +112,20 @@ def keep_states(
                 for name, states in passed.states.items():
                     largest[name] = max(largest[name], float(states.abs().max()))
                     values = states.to(torch.float32).cpu().numpy()
-                    for place, index in enumerate(passed.batch):
+                    for index, begin, end in zip(passed.batch, passed.offsets, passed.offsets[1:], strict=False):
                         with np.errstate(over="ignore"):
-                            files[name][offsets[index] : offsets[index + 1]] = values[place, : length[index]]
+                            files[name][offsets[index] : offsets[index + 1]] = values[begin:end]
             wanted = [name for name in wanted if largest[name] >= float(np.finfo(np.float16).max)]
             if not wanted:
                 break
         for file in files.values():
             file.flush()
         np.save(folder / "embeddings.npy", pooling.finish())
-        return {"rows": len(rows), "bytes": sum(file.nbytes for file in files.values())}
+        return {
+            "rows": len(rows),
+            "bytes": sum(file.nbytes for file in files.values()),
+            "precision": name_precision(half),
+        }
 
     key = {**key, "boundaries": list(depths)}
     return build_stage(results, "activations", key, build, needs=STATES)

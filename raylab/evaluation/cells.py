@@ -23,7 +23,7 @@ from raylab.job.blocks import FineTune
 from raylab.job.specs import TrialSpec
 from raylab.measures.scores import list_confusions, list_scores
 from raylab.store.stages import FOLDER, Stage, build_stage, name_stage, prune_stage, read_info
-from raylab.training.encoder import choose_device, copy_above
+from raylab.training.encoder import choose_device, copy_above, is_half
 
 Ints = NDArray[np.int64]
 # Fine-tuned cells of so many steps are kept: shorter ones are done again sooner than found.
@@ -161,12 +161,11 @@ def _trainer(
     def open_above() -> tuple[nn.Module, Texts]:
         return copy_above(model(), depth), inputs.texts(depth)
 
-    pad_id = read_info(Path(spec.results) / FOLDER / spec.tokenizer)["pad_id"]
-
     def train_one(run: Run) -> Trained:
         def go_on(before: Stage | None, until: int) -> Tuning:
             above, texts = open_above()
-            tuning = Tuning(above, texts, run, outputs, settings, pad_id)
+            half = is_half(spec.settings.evaluate.precision, above)
+            tuning = Tuning(above, texts, run, outputs, settings, half)
             if before is not None:
                 tuning.load(before.path)
             world = inputs.world if is_large(texts, run, settings, inputs.world) else ALONE

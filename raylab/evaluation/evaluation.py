@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,8 @@ from raylab.job.settings import list_boundaries
 from raylab.job.specs import TrialSpec
 from raylab.measures.geometry import Options, measure_geometry
 from raylab.store.stages import FOLDER, Stage, build_stage, open_stage, read_info
-from raylab.training.encoder import choose_device, copy_above, embed, load_encoder
+from raylab.training.embedding import embed
+from raylab.training.encoder import choose_device, copy_above, is_half, load_encoder, name_precision
 from raylab.training.heldout import pair_spans
 from raylab.training.rungs import name_start
 
@@ -121,7 +123,8 @@ def _train_share(
         used[states.stage_id] = states
         texts = open_states(states.path, part.depth)
     above = copy_above(model(), part.depth)
-    tuning = Tuning(above, texts, part.run, part.outputs, spec.settings.evaluate.fine_tune, vocabulary.pad_id)
+    half = is_half(spec.settings.evaluate.precision, above)
+    tuning = Tuning(above, texts, part.run, part.outputs, spec.settings.evaluate.fine_tune, half)
     if part.before is not None:
         before = open_stage(Path(spec.results), part.before, STATE)
         if before is None:
@@ -173,7 +176,8 @@ def _evaluate_task(
     def build(folder: Path) -> dict[str, Any]:
         found = measure_task(spec, task, model, open_embeddings, open_states_of, encoder=encoder, world=world)
         (folder / "rows.json").write_text(json.dumps(found, allow_nan=False))
-        return {"used": {kind: stage.stage_id for kind, stage in used.items()}}
+        ids = {kind: stage.stage_id for kind, stage in used.items()}
+        return {"used": ids, "precision": used["embed"].info["precision"]}
 
     done = build_stage(Path(spec.results), "evaluate", key, build)
     if "activations" in used and used["activations"].info["bytes"] > KEPT_BYTES:
@@ -246,7 +250,8 @@ def embed_spans(
     sides = [
         embed(
             model(), side, np.arange(len(side.lengths)), vocabulary,
-            max_length=spec.settings.corpus.max_length, long_documents="truncate", half=is_half(spec),
+            max_length=spec.settings.corpus.max_length, long_documents="truncate",
+            half=is_half(evaluate.precision, model()),
         )
         for side in pair_spans(store, rows, evaluate.geometry.spans, evaluate.retrieval)
     ]  # fmt: skip
@@ -263,19 +268,14 @@ def state_rows(
     root, corpus = Path(spec.results) / FOLDER, spec.settings.corpus
     vocabulary = Vocabulary(**read_info(root / spec.tokenizer))
     key = _embedding_key(spec, encoder, tokens, needed)
-    depths = list_boundaries(spec.settings)
-    return keep_states(Path(spec.results), key, model, store, needed, vocabulary, corpus, depths, is_half(spec))
+    depths, precision = list_boundaries(spec.settings), spec.settings.evaluate.precision
+    return keep_states(Path(spec.results), key, model, store, needed, vocabulary, corpus, depths, precision)
 
 
 def name_weights(spec: TrialSpec, encoder: str) -> str:
     """What names the weights that embed, of an encoder's stage: where none was trained or drawn, they have no seed."""
     untouched = spec.settings.pretrain.objective == "none" and spec.encoder_path is not None
     return name_start(spec.encoder_digest) if untouched else encoder
-
-
-def is_half(spec: TrialSpec) -> bool:
-    """Whether frozen passes are in bfloat16 on CPU too."""
-    return spec.settings.evaluate.precision == "bfloat16"
 
 
 def _embedding_key(spec: TrialSpec, encoder: str, tokens: str, needed: Ints) -> dict[str, Any]:
@@ -306,20 +306,20 @@ def embed_rows(
     corpus, root = spec.settings.corpus, Path(spec.results) / FOLDER
 
     def build(folder: Path) -> dict[str, Any]:
-        x = (
-            np.load(states.path / "embeddings.npy")
-            if states is not None
-            else embed(
-                model(),
-                store,
-                needed,
-                Vocabulary(**read_info(root / spec.tokenizer)),
-                max_length=corpus.max_length,
-                long_documents=corpus.long_documents,
-                half=is_half(spec),
-            )
+        if states is not None:
+            shutil.copy(states.path / "embeddings.npy", folder)
+            return {"rows": len(needed), "precision": states.info["precision"]}
+        half = is_half(spec.settings.evaluate.precision, model())
+        x = embed(
+            model(),
+            store,
+            needed,
+            Vocabulary(**read_info(root / spec.tokenizer)),
+            max_length=corpus.max_length,
+            long_documents=corpus.long_documents,
+            half=half,
         )
         np.save(folder / "embeddings.npy", x)
-        return {"rows": len(x)}
+        return {"rows": len(x), "precision": name_precision(half)}
 
     return build_stage(Path(spec.results), "embed", _embedding_key(spec, encoder, spec.tokens[task], needed), build)

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -31,13 +30,15 @@ from raylab.evaluation.heads import (
 )
 from raylab.job.blocks import FineTune
 from raylab.training.batches import Ints
+from raylab.training.dropout import quicken
 from raylab.training.encoder import choose_device, precision
+from raylab.training.feed import move
+from raylab.training.packing import encode_packed, fits_kernel, lay_out, pool_segments
 
-EVAL_TOKENS = 16_384
+# Tokens that pass at once without gradients: few stay in a processor's cache, many keep a GPU busy.
+EVAL_TOKENS = {"cpu": 2048, "cuda": 16_384}
 STATE = "state.safetensors"
 OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")
-# On CPU a training batch passes in so many parts of like length: padding costs more there than small products do.
-CPU_PARTS = 4
 
 
 def find_device(above: nn.Module) -> torch.device:
@@ -45,39 +46,36 @@ def find_device(above: nn.Module) -> torch.device:
     return next((p.device for p in above.parameters()), choose_device())
 
 
-def embed_texts(above: nn.Module, texts: Texts, rows: Ints, *, pad_id: int, parts: int = 1) -> Tensor:
-    """Mean-pooled embeddings [len(rows), D] of texts by place; windows are pooled over all their tokens."""
+def pack_pieces(texts: Texts, pieces: Ints) -> tuple[Tensor, Tensor, Ints]:
+    """Pieces one after another: inputs int64 [N] or float32 [N, D], places in the pieces [N], offsets [S + 1]."""
+    length = texts.length[pieces]
+    offsets = np.concatenate([[0], np.cumsum(length)])
+    inputs = torch.from_numpy(np.concatenate([texts.slice(int(piece)) for piece in pieces]))
+    positions = torch.from_numpy(np.arange(offsets[-1]) - np.repeat(offsets[:-1], length))
+    return inputs if inputs.dtype == torch.int64 else inputs.float(), positions, offsets
+
+
+def embed_texts(above: nn.Module, texts: Texts, rows: Ints, *, half: bool = False) -> Tensor:
+    """Mean-pooled embeddings [len(rows), D] of texts by place; windows are pooled over all their tokens.
+
+    All their pieces go through in one row. `half`: with products in bf16.
+    """
     device = find_device(above)
     counts = texts.first[rows + 1] - texts.first[rows]
-    owner = np.repeat(np.arange(len(rows)), counts)
     pieces = np.concatenate([np.arange(texts.first[row], texts.first[row + 1]) for row in rows])
-    order = np.argsort(texts.length[pieces], kind="stable")
-    sums, places = [], []
-    for part in np.array_split(order, min(parts, len(order))):
-        ids, mask = pad_pieces(texts, pieces[part], pad_id)
-        mask_t, inputs = torch.from_numpy(mask).to(device), torch.from_numpy(ids).to(device)
-        name = "input_ids" if inputs.ndim == 2 else "inputs_embeds"
-        with precision(device):
-            hidden = above(attention_mask=mask_t, **{name: inputs}).last_hidden_state
-        sums.append((hidden.float() * mask_t.unsqueeze(-1)).sum(1))
-        places.append(owner[part])
-    summed, place = torch.cat(sums), torch.from_numpy(np.concatenate(places)).to(device)
-    total = torch.zeros(len(rows), summed.shape[1], device=device).index_add(0, place, summed)
-    tokens = np.bincount(owner, weights=texts.length[pieces], minlength=len(rows)).astype(np.float32)
-    return total / torch.from_numpy(tokens).to(device)[:, None]
-
-
-def pad_pieces(texts: Texts, pieces: Ints, pad_id: int) -> tuple[NDArray[Any], Ints]:
-    """Inputs [B, T] int64 (or [B, T, D] float32) padded on the right, and their mask int64 [B, T]."""
-    lengths = texts.length[pieces]
-    rows = [texts.slice(int(piece)) for piece in pieces]
-    if rows[0].ndim == 1:
-        inputs: NDArray[Any] = np.full((len(rows), int(lengths.max())), pad_id, np.int64)
-    else:
-        inputs = np.zeros((len(rows), int(lengths.max()), rows[0].shape[1]), np.float32)
-    for index, row in enumerate(rows):
-        inputs[index, : len(row)] = row
-    return inputs, (np.arange(inputs.shape[1]) < lengths[:, None]).astype(np.int64)
+    inputs, positions, offsets = pack_pieces(texts, pieces)
+    layout = lay_out(offsets, kernel=half and fits_kernel(above, device))
+    inputs, positions, layout = move((inputs, positions, layout), device)
+    with precision(device, half):
+        hidden = encode_packed(above, inputs, positions, layout)
+    pooled = pool_segments(hidden, layout, len(hidden))
+    if len(pieces) == len(rows):
+        return pooled
+    owner = np.repeat(np.arange(len(rows)), counts)
+    tokens = np.bincount(owner, weights=texts.length[pieces], minlength=len(rows))
+    shares = torch.from_numpy((texts.length[pieces] / tokens[owner]).astype(np.float32)).to(device)
+    total = torch.zeros(len(rows), pooled.shape[1], device=device)
+    return total.index_add(0, torch.from_numpy(owner).to(device), pooled * shares[:, None])
 
 
 def count_tokens(texts: Texts) -> Ints:
@@ -97,9 +95,9 @@ class Classifier(nn.Module):
         super().__init__()
         self.model, self.head = model, head
 
-    def forward(self, texts: Texts, rows: Ints, *, pad_id: int, parts: int, step: int, share: Share) -> Tensor:
+    def forward(self, texts: Texts, rows: Ints, *, half: bool, step: int, share: Share) -> Tensor:
         """Logits [len(rows), C] of a step of training."""
-        x = embed_texts(self.model, texts, rows, pad_id=pad_id, parts=parts)
+        x = embed_texts(self.model, texts, rows, half=half)
         logits: Tensor = self.head(x[None], step, share)[0]
         return logits
 
@@ -111,16 +109,17 @@ class Tuning:
     part of it. The workers of a trial have one each, all alike.
     """
 
-    def __init__(self, above: nn.Module, texts: Texts, run: Run, outputs: int, settings: FineTune, pad_id: int) -> None:
-        self.texts, self.run, self.settings, self.pad_id, self.outputs = texts, run, settings, pad_id, outputs
+    def __init__(self, above: nn.Module, texts: Texts, run: Run, outputs: int, settings: FineTune, half: bool) -> None:
+        self.texts, self.run, self.settings, self.half, self.outputs = texts, run, settings, half, outputs
         self.model = copy.deepcopy(above).train()
+        quicken(self.model)
         self.device = find_device(self.model)
         config: Any = self.model.config
         self.head = Heads([run.seed], config.hidden_size, outputs, settings).to(self.device)
         self.classifier = Classifier(self.model, self.head)
         groups = split_decay(list(self.model.named_parameters()), settings.learning_rate, settings.weight_decay)
         groups += split_decay(list(self.head.named_parameters()), settings.head_learning_rate, settings.weight_decay)
-        self.optimizer = torch.optim.AdamW(groups)
+        self.optimizer = torch.optim.AdamW(groups, fused=True)
         self.step, self.seconds = 0, 0.0
         self.found: list[Floats] = []
 
@@ -144,7 +143,6 @@ class Tuning:
         order = Order(run.seed, len(run.train), settings.batch_size)
         weights = weigh_rows(run.labels, settings.class_weights)
         labels = run.labels.astype(np.int64)
-        parts = max(1, CPU_PARTS // world.size) if self.device.type == "cpu" else 1
         for step in range(self.step, until):
             # Rank 0's is that of a worker alone.
             torch.manual_seed(derive_seed(run.seed, "dropout", step, *([world.rank] if world.rank else [])))
@@ -158,8 +156,7 @@ class Tuning:
                 batch = whole[places]
                 counted = np.zeros_like(weights[batch])
             logits = classifier(
-                self.texts, run.train[batch], pad_id=self.pad_id, parts=parts, step=step,
-                share=Share(places, len(whole)),
+                self.texts, run.train[batch], half=self.half, step=step, share=Share(places, len(whole))
             )  # fmt: skip
             loss = classify_loss(
                 logits[None],
@@ -183,7 +180,7 @@ class Tuning:
         logits = torch.zeros(len(rows), self.outputs, device=self.device)
         if len(share):
             places = torch.from_numpy(share).to(self.device)
-            logits[places] = _predict(self.model, self.head, self.texts, rows[share], self.pad_id)
+            logits[places] = _predict(self.model, self.head, self.texts, rows[share], self.half)
         if world.size > 1:
             torch.distributed.all_reduce(logits)  # a row's are those of one worker, and 0 of the others
         self.found.append(to_probabilities(logits, multi=self.run.labels.ndim == 2))
@@ -212,7 +209,7 @@ class Tuning:
                 p.copy_(tensors[name])
                 state = {key: tensors[f"{name}|{key}"] for key in OPTIMIZER_STATE if f"{name}|{key}" in tensors}
                 if state:
-                    self.optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in state.items()}
+                    self.optimizer.state[p] = {k: v.to(p.device) for k, v in state.items()}
         progress = np.load(folder / "progress.npz")
         self.found, self.step, self.seconds = list(progress["found"]), int(progress["step"]), float(progress["seconds"])
 
@@ -225,28 +222,27 @@ def fine_tune(
     outputs: int,
     settings: FineTune,
     *,
-    pad_id: int,
+    half: bool = False,
     world: World = ALONE,
 ) -> Trained:
     """Trains a copy of the layers above a boundary with a head, to each of `steps` (rising) up to the run's `until`."""
-    tuning = Tuning(above, texts, run, outputs, settings, pad_id)
+    tuning = Tuning(above, texts, run, outputs, settings, half)
     tuning.train(steps[run.until], steps, world)
     return tuning.finish()
 
 
 @torch.inference_mode()
-def _predict(model: nn.Module, head: Heads, texts: Texts, rows: Ints, pad_id: int) -> Tensor:
+def _predict(model: nn.Module, head: Heads, texts: Texts, rows: Ints, half: bool) -> Tensor:
     """Logits [len(rows), C], in batches of like length."""
     model.eval()
-    longest = np.maximum.reduceat(texts.length, texts.first[:-1])[rows]
-    counts = (texts.first[1:] - texts.first[:-1])[rows]
-    order = np.argsort(-longest, kind="stable")
+    order = np.argsort(-np.maximum.reduceat(texts.length, texts.first[:-1])[rows], kind="stable")
+    ends, most = np.cumsum(count_tokens(texts)[rows][order]), EVAL_TOKENS[find_device(model).type]
     found, start = [], 0
     while start < len(order):
-        size = np.cumsum(counts[order[start:]]) * longest[order[start]]
-        batch = order[start : start + max(1, int(np.searchsorted(size, EVAL_TOKENS, side="right")))]
+        limit = most + (ends[start - 1] if start else 0)
+        batch = order[start : max(start + 1, int(np.searchsorted(ends, limit, side="right")))]
         start += len(batch)
-        found.append(head(embed_texts(model, texts, rows[batch], pad_id=pad_id)[None])[0])
+        found.append(head(embed_texts(model, texts, rows[batch], half=half)[None])[0])
     logits = torch.cat(found)
     back = torch.empty_like(logits)
     back[torch.from_numpy(order).to(logits.device)] = logits

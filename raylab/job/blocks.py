@@ -28,6 +28,8 @@ def _check_depth(depth: str) -> str:
 
 
 Depth = Annotated[str, AfterValidator(_check_depth)]
+Precision = Literal["auto", "float32", "bfloat16"]
+AUTO = "auto: bfloat16 on GPUs, and on CPUs with instructions for it where the encoder is 128 wide or wider"
 Cosine = Annotated[float, Field(ge=-1, le=1)]
 
 
@@ -269,6 +271,7 @@ class Pretrain(Model):
     weight_decay: float = Field(0.1, ge=0)
     warmup_fraction: Fraction = Field(0.1, description="share of the budget with a rising learning rate")
     max_grad_norm: Positive = 1.0
+    precision: Precision = Field("auto", description=f"of the products in the encoder; weights stay float32; {AUTO}")
     mlm: Mlm = Mlm()
     declutr: Declutr = Declutr()
     metadata: Metadata = Metadata()
@@ -339,8 +342,8 @@ class Evaluate(Model):
         description="C of logistic and the steps of mlp: fixed; chosen by cross-validation within the shots; or chosen "
         "on the validation rows, which few labels would not have: such scores are labelled so",
     )
-    precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="of the frozen passes on CPU: embeddings and hidden states; on GPU always bfloat16"
+    precision: Precision = Field(
+        "auto", description=f"the same of frozen passes, fine-tuning and held-out measures; {AUTO}"
     )
     fine_tune: FineTune = FineTune()
     geometry: Geometry = Geometry()

@@ -45,8 +45,8 @@ SCHEMAS: dict[str, pa.Schema] = {
             "num_rungs": _int, "target_values": _text, "rung_values": _text, "measures": _text,
             "search.targets": _text, **SETTING_COLUMNS,
             "supervised_by": _text, "effective_spans": _text, "attempts": _int,
-            "wall_seconds": _float, "gpu_seconds": _float, "device": _text, "peak_memory_bytes": _int,
-            "num_steps": _int, "num_tokens": _int, "num_documents": _int, "flops": _float,
+            "wall_seconds": _float, "gpu_seconds": _float, "device": _text, "precision": _text,
+            "peak_memory_bytes": _int, "num_steps": _int, "num_tokens": _int, "num_documents": _int, "flops": _float,
             "data_digest": _text, "code_version": _text, "error": _text, "started_at": _time, "updated_at": _time,
         }
     ),

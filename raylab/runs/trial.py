@@ -5,7 +5,7 @@ import functools
 import json
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -191,6 +191,7 @@ def _run_rungs(spec: TrialSpec, row: dict[str, Any], used: Used, world: World) -
             row["target_values"] = compute_targets(spec.settings, scores, geometry, rung)
             # Of the first target, which alone can end a trial early.
             row["rung_values"] = [*row["rung_values"][: rung - 1], *row["target_values"][:1]]
+            row["precision"] = describe_precision(before, found.stages)
         info = read_info(before.path)
         row.update(
             num_steps=info["step"], num_tokens=info["tokens"], num_documents=info["documents"], flops=info["flops"],
@@ -238,8 +239,9 @@ def _open_row(spec: TrialSpec) -> dict[str, Any]:
         "measures": digest_measures(settings, spec.settings.search.space),
         **settings,
         "supervised_by": supervised.get(settings["pretrain.metadata.field"]),
-        "attempts": 1, "wall_seconds": 0.0, "gpu_seconds": 0.0, "device": describe_device(), "peak_memory_bytes": 0,
-        "data_digest": spec.data_digest, "code_version": describe_code(), "error": None, "started_at": now(),
+        "attempts": 1, "wall_seconds": 0.0, "gpu_seconds": 0.0, "device": describe_device(), "precision": None,
+        "peak_memory_bytes": 0, "data_digest": spec.data_digest, "code_version": describe_code(),
+        "error": None, "started_at": now(),
     }  # fmt: skip
     if before is None:
         return fresh
@@ -255,12 +257,21 @@ def _open_row(spec: TrialSpec) -> dict[str, Any]:
             "num_tokens",
             "num_documents",
             "flops",
+            "precision",
             "effective_spans",
         )
         fresh |= {name: before[name] for name in kept}
         for name in ("target_values", "rung_values"):
             fresh[name] = json.loads(before[name] or "[]")
     return fresh
+
+
+def describe_precision(trained: Stage, evaluated: Sequence[Stage]) -> str:
+    """What a rung's products were computed in; where stages of the two differ, each is named."""
+    kinds = {"pretrain": [trained], "evaluate": [stage for stage in evaluated if stage.kind == "evaluate"]}
+    found = {kind: sorted({stage.info["precision"] for stage in stages} - {None}) for kind, stages in kinds.items()}
+    names = {kind: "/".join(precisions) for kind, precisions in found.items() if precisions}
+    return next(iter(names.values())) if len(set(names.values())) == 1 else ", ".join(map(" ".join, names.items()))
 
 
 def describe_device() -> str:

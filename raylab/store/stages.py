@@ -25,11 +25,11 @@ VERSIONS = {
     "tokens": 1,
     "hygiene": 1,
     "pretrain": 4,
-    "heldout": 2,
-    "embed": 2,
-    "activations": 2,
-    "cell": 1,
-    "evaluate": 4,
+    "heldout": 3,
+    "embed": 3,
+    "activations": 3,
+    "cell": 2,
+    "evaluate": 5,
     "baseline": 2,
 }
 FOLDER = "_stages"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from raylab.training.dropout import seed_dropout
-from raylab.training.encoder import precision
+from raylab.training.encoder import is_half, precision
 from raylab.training.objectives import Batch, Learner, Totals, contrast_rows, pick_rows
 
 
@@ -25,8 +25,8 @@ class Cache(NamedTuple):
 
 def cache_gradients(learner: Learner, chunks: Sequence[Batch], totals: Totals, seeds: Sequence[int]) -> Cache:
     """The first pass, with the dropout of `seeds`, one a chunk. All workers call this together."""
-    found = []
-    with torch.no_grad(), precision(chunks[0].input_ids.device):
+    found, half = [], is_half(learner.pretrain.precision, learner.encoder)
+    with torch.no_grad(), precision(chunks[0].input_ids.device, half):
         for batch, seed in zip(chunks, seeds, strict=True):
             seed_dropout(learner.dropout, seed)
             found.append(pick_rows(learner, batch))

@@ -2,23 +2,20 @@
 
 import copy
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForMaskedLM, RobertaConfig, RobertaForMaskedLM
 from transformers.utils import logging as transformers_logging
 
 from raylab.base.mistakes import InfeasibleError, JobError
-from raylab.data.tokens import TokenStore, Vocabulary
+from raylab.data.tokens import Vocabulary
 from raylab.job.blocks import EncoderConfig
-from raylab.training.batches import Pieces, cut_pieces, pad_rows, slice_piece
 
 # Shapes: B texts, T tokens, D hidden size, V vocabulary, S selected tokens.
 
@@ -31,9 +28,10 @@ HEADS = {
     "modernbert": lambda model, hidden: model.head(hidden),
 }
 
-# Tokens, padding included, that pass through an encoder at once.
-# Tokens that pass at once without gradients: few stay in a processor's cache, many keep a GPU busy.
-BATCH_TOKENS = {"cpu": 2048, "cuda": 16_384}
+# What a processor must have for products in bf16 to be faster than in float32, by torch's names; and how wide an
+# encoder must be for that to outweigh what bf16 costs between them.
+FAST_BF16 = ("amx_bf16", "avx512_bf16")
+WIDE = 128
 
 
 class Layers(NamedTuple):
@@ -48,9 +46,29 @@ def choose_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def precision(device: torch.device, half: bool = False) -> AbstractContextManager[Any]:
-    """bf16 on GPU, float32 on CPU unless `half` asks for bf16 there too."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=half or device.type == "cuda")
+def is_half(asked: str, model: nn.Module) -> bool:
+    """Whether an encoder computes in bf16, its weights float32: auto, float32 or bfloat16 is asked for.
+
+    auto: on GPUs, and on processors with instructions for it where hidden states are `WIDE` or wider. That is a
+    function of the machine and the encoder, not of a measurement: the same there every time.
+    """
+    if asked != "auto":
+        return asked == "bfloat16"
+    if choose_device().type == "cuda":
+        return True
+    config: Any = model.config
+    capable = any(torch.cpu.get_capabilities().get(name, False) for name in FAST_BF16)
+    return capable and bool(config.hidden_size >= WIDE)
+
+
+def name_precision(half: bool) -> str:
+    """What `is_half` says, in words."""
+    return "bfloat16" if half else "float32"
+
+
+def precision(device: torch.device, half: bool | None = None) -> AbstractContextManager[Any]:
+    """Products in bf16 where `half` says so; null: on GPUs alone."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda" if half is None else half)
 
 
 def inspect_encoder(path: str, revision: str | None) -> dict[str, Any]:
@@ -206,99 +224,3 @@ def pool(hidden: Tensor, attention_mask: Tensor) -> Tensor:
     """Mean over real tokens, special ones included as sentence-transformers has it: [B, T, D], [B, T] -> [B, D]."""
     weights = attention_mask.unsqueeze(-1).to(torch.float32)
     return (hidden.float() * weights).sum(1) / weights.sum(1)
-
-
-class Passed(NamedTuple):
-    """A batch of pieces through an encoder: places, mask [B, T], pooled [B, D], states at boundaries [B, T, D]."""
-
-    batch: NDArray[np.int64]
-    mask: NDArray[np.int64]
-    pooled: NDArray[np.float32]
-    states: dict[str, Tensor]
-
-
-@torch.inference_mode()
-def pass_pieces(
-    model: nn.Module,
-    store: TokenStore,
-    pieces: Pieces,
-    vocabulary: Vocabulary,
-    *,
-    batch_tokens: int | None = None,
-    boundaries: Sequence[str] = (),
-    half: bool = False,
-) -> Iterator[Passed]:
-    """Runs pieces of texts through an encoder without dropout, longest first; `boundaries` are freeze depths."""
-    device = next(model.parameters()).device
-    batch_tokens = batch_tokens or BATCH_TOKENS[device.type]
-    parts, caught = split_layers(model), {}
-
-    def catch(name: str) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            caught[name] = output[0] if isinstance(output, tuple) else output
-
-        return hook
-
-    hooks = []
-    for name in boundaries:
-        frozen = count_frozen(model, name)
-        hooks.append((parts.layers[frozen - 1] if frozen else parts.embeddings).register_forward_hook(catch(name)))
-    was_training = model.training
-    model.eval()
-    try:
-        # Texts of like length go together: little padding, and a stable order keeps the numbers the same.
-        order = np.argsort(-pieces.length, kind="stable")
-        start = 0
-        while start < len(order):
-            batch = order[start : start + max(1, batch_tokens // int(pieces.length[order[start]] + 2))]
-            start += len(batch)
-            ids, mask = pad_rows([slice_piece(store, pieces, i) for i in batch], vocabulary)
-            ids_t, mask_t = torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
-            with precision(device, half):
-                hidden = encode(model, ids_t, mask_t)
-            yield Passed(batch, mask, pool(hidden, mask_t).cpu().numpy(), dict(caught))
-    finally:
-        for hook in hooks:
-            hook.remove()
-        model.train(was_training)
-
-
-class Pooling:
-    """Embeddings of texts from their pieces: means over all tokens of all windows."""
-
-    def __init__(self, pieces: Pieces, num: int, width: int) -> None:
-        self.owner = pieces.owner
-        self.sums, self.tokens = np.zeros((num, width), dtype=np.float32), np.zeros(num, dtype=np.float32)
-
-    def add(self, passed: Passed) -> None:
-        """Takes a batch in."""
-        weight = passed.mask.sum(1).astype(np.float32)
-        np.add.at(self.sums, self.owner[passed.batch], passed.pooled * weight[:, None])
-        np.add.at(self.tokens, self.owner[passed.batch], weight)
-
-    def finish(self) -> NDArray[np.float32]:
-        """The embeddings [num, D]."""
-        return self.sums / self.tokens[:, None]
-
-
-def embed(
-    model: nn.Module,
-    store: TokenStore,
-    rows: NDArray[np.int64],
-    vocabulary: Vocabulary,
-    *,
-    max_length: int,
-    long_documents: str,
-    batch_tokens: int | None = None,
-    half: bool = False,
-) -> NDArray[np.float32]:
-    """Mean-pooled embeddings of the store's `rows`: [len(rows), D] float32. Windows are averaged by their tokens.
-
-    `half`: in bf16 on CPU too.
-    """
-    pieces = cut_pieces(store.lengths, rows, max_length, long_documents)
-    config: Any = model.config
-    pooling = Pooling(pieces, len(rows), config.hidden_size)
-    for passed in pass_pieces(model, store, pieces, vocabulary, batch_tokens=batch_tokens, half=half):
-        pooling.add(passed)
-    return pooling.finish()

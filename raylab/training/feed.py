@@ -28,8 +28,8 @@ class Part(NamedTuple):
 class Fed(NamedTuple):
     """A worker's share of a step: its parts, on the CPU, and counts over them.
 
-    `counts` float32 [2] are masked tokens and texts with a category; `flops` what `count_flops` counts. Over all workers, `negatives` are those of a
-    contrastive loss, mean a point; None without one. `waited` is in seconds.
+    `counts` float32 [2] are masked tokens and texts with a category; `flops` what `count_flops` counts. Over all
+    workers, `negatives` are those of a contrastive loss, mean a point; None without one. `waited` is in seconds.
     """
 
     step: Step

@@ -12,8 +12,10 @@ from raylab.base.noise import derive_seed, uniforms
 from raylab.data.tokens import TokenStore, Vocabulary
 from raylab.job.blocks import Corpus, Retrieval
 from raylab.training.batches import Ints, cut_pieces, pad_rows, slice_piece
-from raylab.training.encoder import encode, pool, precision, predict_tokens
+from raylab.training.encoder import precision, predict_tokens
+from raylab.training.feed import move
 from raylab.training.masks import mask_tokens
+from raylab.training.packing import encode_packed, fits_kernel, lay_out, pool_segments
 
 # All draws here come from this constant and the document's row: no trial's seed, no arm's settings.
 HELD_OUT = derive_seed("held out")
@@ -131,19 +133,27 @@ def compute_unigram_entropy(store: TokenStore, train_rows: Ints, held_out: HeldO
     return float(-np.log(counts[targets] / counts.sum()).mean())
 
 
-def _batches(ids: Ints, mask: Ints, device: torch.device) -> list[tuple[slice, Tensor, Tensor]]:
-    """Rows in batches, each cut to its longest text."""
-    parts = []
-    for start in range(0, len(ids), BATCH):
-        here = slice(start, start + BATCH)
-        longest = int(mask[here].sum(1).max())
-        parts.append((here, torch.from_numpy(ids[here, :longest]), torch.from_numpy(mask[here, :longest])))
-    return [(here, i.to(device), m.to(device)) for here, i, m in parts]
+def _encode_rows(encoder: nn.Module, ids: Ints, mask: Ints, half: bool) -> tuple[Tensor, Tensor]:
+    """Padded rows through an encoder, packed: hidden states [N, D] of their tokens, and their means [B, D]."""
+    device = next(encoder.parameters()).device
+    lengths = mask.sum(1)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    positions = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
+    layout = lay_out(offsets, kernel=half and fits_kernel(encoder, device))
+    packed = torch.from_numpy(ids[mask > 0]), torch.from_numpy(positions), layout
+    inputs, places, layout = move(packed, device)
+    with precision(device, half):
+        hidden = encode_packed(encoder, inputs, places, layout)
+    return hidden, pool_segments(hidden, layout, len(hidden))
+
+
+def _batches(num: int) -> list[slice]:
+    return [slice(start, start + BATCH) for start in range(0, num, BATCH)]
 
 
 @torch.inference_mode()
 def measure_heldout(
-    encoder: nn.Module, head: nn.Module | None, held_out: HeldOut, *, masked: bool = True
+    encoder: nn.Module, head: nn.Module | None, held_out: HeldOut, *, masked: bool = True, half: bool = False
 ) -> dict[str, float]:
     """MLM loss (nats a token) and accuracy (where `masked`), retrieval accuracy, and with a head category accuracy.
 
@@ -153,25 +163,26 @@ def measure_heldout(
     was_training = encoder.training
     encoder.eval()
     loss, hits, count, known, right = 0.0, 0, 0, 0, 0
-    for here, ids, mask in _batches(held_out.masked, held_out.mask, device) if masked else ():
-        targets = torch.from_numpy(held_out.targets[here, : ids.shape[1]]).to(device)
-        chosen = targets >= 0
-        with precision(device):
-            hidden = encode(encoder, ids, mask)
+    for here in _batches(len(held_out.masked)) if masked else ():
+        hidden, pooled = _encode_rows(encoder, held_out.masked[here], held_out.mask[here], half)
+        packed = held_out.targets[here][held_out.mask[here] > 0]
+        chosen = torch.from_numpy(np.flatnonzero(packed >= 0)).to(device)
+        targets = torch.from_numpy(packed[packed >= 0]).to(device)
+        with precision(device, half):
             logits = predict_tokens(encoder, hidden[chosen]).float()
-        loss += float(F.cross_entropy(logits, targets[chosen], reduction="sum"))
-        hits += int((logits.argmax(1) == targets[chosen]).sum())
-        count += int(chosen.sum())
+        loss += float(F.cross_entropy(logits, targets, reduction="sum"))
+        hits += int((logits.argmax(1) == targets).sum())
+        count += len(targets)
         if head is not None:
             categories = torch.from_numpy(held_out.categories[here]).to(device)
-            predicted = head(pool(hidden, mask)).argmax(1)
+            predicted = head(pooled).argmax(1)
             known += int((categories >= 0).sum())
             right += int(((predicted == categories) & (categories >= 0)).sum())
     measures = {}
     if masked:
         measures = {"heldout_mlm_loss": loss / max(count, 1), "heldout_mlm_accuracy": hits / max(count, 1)}
     if held_out.anchors is not None and held_out.positives is not None:
-        sides = [_embed_spans(encoder, *side, device) for side in (held_out.anchors, held_out.positives)]
+        sides = [_embed_spans(encoder, *side, half) for side in (held_out.anchors, held_out.positives)]
         pools = [side.reshape(-1, held_out.candidates, side.shape[1]) for side in sides]
         nearest = np.einsum("pad,pbd->pab", *pools).argmax(2)
         measures["heldout_retrieval_accuracy"] = float((nearest == np.arange(held_out.candidates)).mean())
@@ -182,10 +193,7 @@ def measure_heldout(
     return measures
 
 
-def _embed_spans(encoder: nn.Module, ids: Ints, mask: Ints, device: torch.device) -> NDArray[np.float32]:
+def _embed_spans(encoder: nn.Module, ids: Ints, mask: Ints, half: bool) -> NDArray[np.float32]:
     """Unit-length embeddings [K, D] of spans."""
-    parts = []
-    for _, ids_t, mask_t in _batches(ids, mask, device):
-        with precision(device):
-            parts.append(F.normalize(pool(encode(encoder, ids_t, mask_t), mask_t), dim=1))
-    return torch.cat(parts).cpu().numpy()
+    parts = [_encode_rows(encoder, ids[here], mask[here], half)[1] for here in _batches(len(ids))]
+    return F.normalize(torch.cat(parts), dim=1).cpu().numpy()

@@ -23,8 +23,8 @@ from raylab.job.specs import Resources, TrialSpec
 from raylab.training.batches import Inputs, Place, Units
 from raylab.training.cache import cache_gradients
 from raylab.training.compilation import can_compile, compile_encoder, pays, round_norms
-from raylab.training.dropout import replace_dropout, seed_dropout
-from raylab.training.encoder import choose_device, load_encoder, precision, save_encoder
+from raylab.training.dropout import quicken, replace_dropout, seed_dropout
+from raylab.training.encoder import choose_device, is_half, load_encoder, precision, save_encoder
 from raylab.training.feed import Fed, Part, Rows, feed, move
 from raylab.training.objectives import Learner, Totals, is_contrastive, loss_weights
 from raylab.training.packing import fits_kernel
@@ -97,8 +97,7 @@ def make_optimizer(learner: Learner, pretrain: Pretrain) -> torch.optim.Optimize
         {"params": [p for _, p in trained if p.ndim >= 2], "weight_decay": pretrain.weight_decay},
         {"params": [p for _, p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    fused = all(p.is_cuda for _, p in trained)
-    return torch.optim.AdamW(groups, lr=pretrain.learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=fused)
+    return torch.optim.AdamW(groups, lr=pretrain.learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
 def learning_rate(pretrain: Pretrain, tokens: float) -> float:
@@ -114,6 +113,7 @@ def load_learner(spec: TrialSpec, data: Data, folder: Path, *, trained: bool) ->
     encoder, _ = load_encoder(str(folder / ENCODER))
     torch.manual_seed(derive_seed(spec.seed, "heads"))
     learner = Learner(encoder, spec.settings.pretrain, data.num_categories).to(choose_device())
+    quicken(encoder)
     if trained and learner.head is not None:
         learner.head.load_state_dict(load_file(folder / HEAD))
     return learner
@@ -131,8 +131,7 @@ def load_training(spec: TrialSpec, data: Data, folder: Path, *, resume: bool, wo
         for group in optimizer.param_groups:
             for p in group["params"]:
                 state = {k: tensors[f"{names[id(p)]}|{k}"] for k in ("step", "exp_avg", "exp_avg_sq")}
-                fused = optimizer.defaults["fused"]
-                optimizer.state[p] = {k: v.to(p.device) if k != "step" or fused else v for k, v in state.items()}
+                optimizer.state[p] = {k: v.to(p.device) for k, v in state.items()}
     return Training(learner, optimizer, progress)
 
 
@@ -142,12 +141,13 @@ def prepare_encoder(learner: Learner, resources: Resources, world: World) -> Non
     Raises JobError where it has to be compiled and can't be.
     """
     pretrain, device, wanted = learner.pretrain, next(learner.parameters()).device, resources.compile
-    if fits_kernel(learner.encoder, device):
+    packs = is_half(pretrain.precision, learner.encoder) and fits_kernel(learner.encoder, device)
+    if packs:
         round_norms(learner.encoder)
-    able = can_compile(device) and fits_kernel(learner.encoder, device)
+    able = can_compile(device) and packs
     if wanted == "always" and not able:
         raise JobError(
-            ["resources.compile: 'always' needs an Ampere GPU or newer, Triton and a C compiler; use 'auto' or 'never'"]
+            ["resources.compile: 'always' needs bf16, an Ampere GPU, Triton and a C compiler; use 'auto' or 'never'"]
         )
     flops = 6.0 * count_weights(learner) * pretrain.num_tokens / world.size
     if not able or wanted == "never" or (wanted == "auto" and not pays(flops, pretrain.num_tokens // world.size)):
@@ -257,6 +257,7 @@ def train(
     """
     learner, optimizer, progress = training.learner, training.optimizer, training.progress
     device = next(learner.parameters()).device
+    half = is_half(pretrain.precision, learner.encoder)
     model: nn.Module = learner
     if world.size > 1:
         model = DistributedDataParallel(
@@ -279,7 +280,7 @@ def train(
         world,
         flop_counter(learner),
         chunk_tokens=chunk_tokens,
-        rows=Rows(fits_kernel(learner.encoder, device), capacity, units.longest),
+        rows=Rows(half and fits_kernel(learner.encoder, device), capacity, units.longest),
         pad_id=data.vocabulary.pad_id,
         pinned=device.type == "cuda",
     )
@@ -327,7 +328,7 @@ def _backward(
 
     `model` is the learner, or what trains it with other workers; `seed` that of dropout.
     """
-    device = next(learner.parameters()).device
+    device, half = next(learner.parameters()).device, is_half(learner.pretrain.precision, learner.encoder)
     sums: dict[str, Tensor] = {}
     left = sum(len(part.chunks) for part in parts)
     for index, part in enumerate(parts):
@@ -340,7 +341,7 @@ def _backward(
             # Workers exchange gradients once a step, in the last backward pass.
             with model.no_sync() if isinstance(model, DistributedDataParallel) and left else nullcontext():
                 seed_dropout(learner.dropout, seeds[chunk])
-                with precision(device):
+                with precision(device, half):
                     losses = model(batch, totals, None if cache is None else cache.gradients[chunk])
                 loss = sum((weights[name] * value for name, value in losses.items()), torch.zeros((), device=device))
                 loss.backward()

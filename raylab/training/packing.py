@@ -21,6 +21,8 @@ from raylab.training.batches import Ints
 from raylab.training.encoder import first_position
 
 PACKED = "raylab_packed"
+# Up to so many tokens a processor multiplies a bucket's scores out in bf16: they take memory, and a third of the time.
+WHOLE_SCORES = 512
 # Segments of this share of a bucket's longest or more are padded to it, and so are those a few tokens shorter.
 LIKE_LENGTH, NEAR_LENGTH = 0.75, 8
 # Segments of a row of fixed shape: fewer are filled up.
@@ -148,6 +150,18 @@ class _Collect(torch.autograd.Function):
         return gradients[0].index_select(0, padding.slots).index_fill_(0, padding.empty, 0.0), None
 
 
+def _attend(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, scaling: float | None) -> Tensor:
+    """Attention of padded segments, [B, H, T, d]; `seen` as a mask of PyTorch's own."""
+    length, size = query.shape[-2:]
+    # PyTorch's kernel for processors is no faster in bf16 than in float32.
+    if query.is_cuda or query.dtype != torch.bfloat16 or length > WHOLE_SCORES:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scaling)
+    scores = (query @ key.transpose(-1, -2)).mul_(size**-0.5 if scaling is None else scaling)
+    if seen is not None:
+        scores.add_(torch.zeros_like(seen, dtype=scores.dtype).masked_fill_(~seen, float("-inf")))
+    return scores.softmax(-1) @ value
+
+
 def _attend_padded(rows: list[Tensor], padding: Padding, scaling: float | None, window: int | None) -> Tensor:
     """Attention within segments by padding those of like length: three [N, H, d] -> [N, H, d]."""
     sizes = [bucket.num * bucket.width for bucket in padding.buckets]
@@ -162,7 +176,7 @@ def _attend_padded(rows: list[Tensor], padding: Padding, scaling: float | None, 
             near = (place[:, None] - place).abs() <= window
             # Slots left over look anywhere: one that saw nothing would be not a number.
             seen = near if real is None else (real[:, None, None, :] & near) | ~real[:, None, :, None]
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scaling)
+        out = _attend(query, key, value, seen, scaling)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     collected: Tensor = _Collect.apply(torch.cat(outputs), padding)
     return collected
@@ -210,12 +224,16 @@ def _pack_attention(config: Any) -> Iterator[None]:
         config._attn_implementation = before
 
 
-def encode_packed(model: nn.Module, input_ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
-    """Hidden states of the last layer of packed segments: ids and places in their segments, both [N] -> [N, D]."""
+def encode_packed(model: nn.Module, inputs: Tensor, positions: Tensor, layout: Layout) -> Tensor:
+    """Hidden states of the last layer of packed segments: ids and places in their segments, both [N] -> [N, D].
+
+    A part of an encoder, of `encoder.copy_above`, takes hidden states [N, D] instead of ids.
+    """
     config: Any = model.config
+    given = {"input_ids" if inputs.ndim == 1 else "inputs_embeds": inputs[None]}
     with _pack_attention(config):
         hidden: Tensor = model.base_model(  # type: ignore[operator]
-            input_ids=input_ids[None], position_ids=positions[None] + first_position(config), packed=layout.bounds
+            **given, position_ids=positions[None] + first_position(config), packed=layout.bounds
         ).last_hidden_state
     return hidden.squeeze(0)
 

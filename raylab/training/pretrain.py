@@ -16,7 +16,7 @@ from raylab.data.tokens import Vocabulary, open_tokens
 from raylab.job.specs import TrialSpec
 from raylab.store.stages import FOLDER, Stage, build_stage, find_stage, name_stage, peek_stage, prune_stage, read_info
 from raylab.training.batches import UNITS, Place, Units, describe_spans, list_seen
-from raylab.training.encoder import build_encoder, load_encoder, save_encoder
+from raylab.training.encoder import build_encoder, is_half, load_encoder, name_precision, save_encoder
 from raylab.training.heldout import compute_unigram_entropy, measure_heldout, prepare_heldout
 from raylab.training.loop import (
     ENCODER,
@@ -56,7 +56,7 @@ def start_rung(spec: TrialSpec, data: Data, world: World = ALONE, *, whole: bool
             model, _ = _make_encoder(spec, data)
             save_encoder(model, Path(spec.results) / FOLDER / spec.tokenizer, folder / "encoder")
             (folder / "progress.json").write_text(json.dumps(Progress().__dict__))
-        return {"step": 0, "tokens": 0, "documents": 0, "flops": 0.0, "spans": None}
+        return {"step": 0, "tokens": 0, "documents": 0, "flops": 0.0, "precision": None, "spans": None}
 
     return build_stage(Path(spec.results), "pretrain", start_key(spec), build, world, needs=ENCODER if whole else None)
 
@@ -95,6 +95,7 @@ def train_rung(
             "tokens": seen.tokens,
             "documents": len(np.unique(units.row[list_seen(units.num, spec.seed, place)])),
             "flops": seen.flops,
+            "precision": name_precision(is_half(pretrain.precision, live.learner.encoder)),
             "spans": describe_spans(lengths, pretrain.declutr) if pretrain.objective == "declutr" else None,
         }
 
@@ -141,6 +142,7 @@ def measure_rung(spec: TrialSpec, data: Data, chain: Sequence[Link], rung: int, 
         "data": data_key(spec),
         "max_length": spec.settings.corpus.max_length,
         "retrieval": retrieval.model_dump(),
+        "precision": spec.settings.evaluate.precision,
     }
 
     def build(folder: Path) -> dict[str, Any]:
@@ -149,9 +151,10 @@ def measure_rung(spec: TrialSpec, data: Data, chain: Sequence[Link], rung: int, 
         held_out = prepare_heldout(data.store, rows, data.categories, data.vocabulary, spec.settings.corpus, retrieval)
         train_rows = np.flatnonzero(data.rows["part"] == TRAIN)
         entropy = compute_unigram_entropy(data.store, train_rows, held_out, data.vocabulary)
+        half, head = is_half(spec.settings.evaluate.precision, learner.encoder), learner.head if rung else None
         # Shapes that training doesn't have are not worth compiling for.
         with torch.compiler.set_stance("force_eager"):
-            measures = measure_heldout(learner.encoder, learner.head if rung else None, held_out, masked=not headless)
+            measures = measure_heldout(learner.encoder, head, held_out, masked=not headless, half=half)
         return {"heldout_unigram_entropy": entropy} | measures
 
     return build_stage(Path(spec.results), "heldout", key, build)
