@@ -30,9 +30,9 @@ EXACT = {
 NUM_STEPS = 3
 CONTRASTIVE = ("declutr", "supervised_contrastive")
 PARTS = {"pretrain.accumulation": 2}
-# Steps of less than a unit for each worker in each part; chunks of less than a share.
+# Steps of less than a unit for each worker in each part; chunks of a document or two texts, of which shares hold some.
 SMALL = {"pretrain.batch_tokens": 260, "pretrain.accumulation": 4, "pretrain.num_tokens": 4000}
-CHUNKS = {"resources": {"chunk_tokens": 250}}
+CHUNKS = {"resources": {"chunk_tokens": 130}}
 
 
 def test_every_objective_is_tested():

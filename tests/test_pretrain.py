@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 import re
@@ -19,6 +20,7 @@ from raylab.runs.preparation import prepare
 from raylab.runs.trial import run_trial
 from raylab.store.stages import read_info
 from raylab.training import packing
+from raylab.training.batches import Place, iterate_steps
 from raylab.training.feed import make_batch
 from raylab.training.loop import (
     Meter,
@@ -115,13 +117,14 @@ def test_rungs_keep_the_budget(objective, make_spec):
 
 
 def test_unique_documents(make_spec):
-    spec = make_spec("mlm", {**LONG, "pretrain.rungs": 3})
+    spec = make_spec("declutr", {**LONG, "pretrain.rungs": 3})
     stages = run_rungs(spec, keep=True)
     units = make_units(spec, open_data(spec))
     for stage in stages[1:]:
-        progress = json.loads((stage.path / "progress.json").read_text())
-        expected = units.num if progress["epoch"] else progress["position"]
-        assert stage.info["documents"] == expected
+        steps = itertools.islice(iterate_steps(units, 900, spec.seed, Place(0, 0)), stage.info["step"])
+        assert stage.info["documents"] == len(np.unique(np.concatenate([units.row[step.units] for step in steps])))
+    assert stages[1].info["documents"] < stages[2].info["documents"]
+    assert json.loads((stages[1].path / "progress.json").read_text())["ahead"]
 
 
 def test_learning_rate_is_a_slanted_triangle():
