@@ -12,6 +12,7 @@ from raylab.base.world import ALONE, World
 from raylab.job.blocks import Pretrain
 from raylab.job.settings import OBJECTIVE_BLOCKS, dump_spec
 from raylab.job.specs import TrialSpec
+from raylab.results.tables import OF_A_RUN
 from raylab.training.feed import make_batch
 from raylab.training.loop import load_training, train
 from raylab.training.objectives import OBJECTIVES, Learner, Totals, loss_weights
@@ -185,7 +186,7 @@ def train_steps(spec, world=ALONE):
         "curve": {
             (point["step"], point["metric"]): point["value"]
             for point in training.progress.curves
-            if point["metric"] != "train_data_seconds"
+            if point["metric"] not in OF_A_RUN
         },
         "progress": (training.progress.tokens, training.progress.position, training.progress.flops),
     }

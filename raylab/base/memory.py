@@ -7,22 +7,43 @@ from pathlib import Path
 
 import torch
 
+# The highest peak of the laps before the one that runs, by kind of device.
+_before: dict[str, int] = {}
+
 
 def reset_peak(device: torch.device) -> None:
     """A process does many things one after another: each one's peak is its own."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    # What was freed but not given back would count for what comes next; other systems have no such call.
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+    else:
+        # What was freed but not given back would count for what comes next; other systems have no such call.
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
+    _before[device.type] = 0
+    _reset(device)
+
+
+def start_lap(device: torch.device, *, counted: bool = True) -> None:
+    """Begins a lap, whose peak `read_lap` tells. Not `counted`: `read_peak` forgets the lap that ends here."""
+    _before[device.type] = max(_before.get(device.type, 0), read_lap(device) if counted else 0)
+    _reset(device)
 
 
 def read_peak(device: torch.device) -> int:
     """Bytes since the last `reset_peak` (of a CPU off Linux: ever)."""
+    return max(_before.get(device.type, 0), read_lap(device))
+
+
+def _reset(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def read_lap(device: torch.device) -> int:
+    """Bytes since the last `start_lap` or `reset_peak`."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     with contextlib.suppress(OSError, StopIteration):

@@ -20,13 +20,16 @@ from raylab.training.packing import lay_out
 class Fed(NamedTuple):
     """A worker's part of a step: its batches, on the CPU, and counts over them.
 
-    Masked tokens, texts with a category, and what `count_flops` counts; `waited` is in seconds.
+    Masked tokens, texts with a category, token slots that pass through the layers and through attention, padding
+    included, and what `count_flops` counts; `waited` is in seconds.
     """
 
     step: Step
     batches: list[Batch]
     selected: int
     categories: int
+    slots: int
+    attended: int
     flops: float
     waited: float
 
@@ -46,6 +49,11 @@ def make_batch(
         torch.from_numpy(np.flatnonzero(found >= 0)),
         gathered,
     )
+
+
+def _count_attended(batch: Batch) -> int:
+    padding = batch.layout.padding
+    return len(batch.input_ids) if padding is None else len(padding.slots)
 
 
 def move(value: Any, device: torch.device) -> Any:
@@ -97,6 +105,8 @@ def feed(
             batches,
             sum(len(batch.targets) for batch in batches),
             sum(len(batch.known) for batch in batches),
+            sum(len(batch.input_ids) for batch in batches),
+            sum(_count_attended(batch) for batch in batches),
             sum(count_flops(inputs) for inputs in mine),
             0.0,
         )
