@@ -1,0 +1,312 @@
+"""The rate at which a job would train: of its own trials, of like trials of other jobs, or tried out here."""
+
+import contextlib
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import nn
+
+from raylab.base.mistakes import DamagedError, InfeasibleError, JobError
+from raylab.job.jobs import load_job
+from raylab.job.settings import list_settings
+from raylab.job.specs import Job, TrialSpec
+from raylab.results.queries import open_tables
+from raylab.results.snapshot import read_table
+from raylab.results.tables import plain_value
+from raylab.runs.preparation import Preparation, make_spec
+from raylab.training.encoder import build_encoder, precision
+from raylab.training.loop import Data, NotFiniteError, Progress, Training, make_optimizer, train
+from raylab.training.objectives import Learner
+from raylab.training.pretrain import make_units, open_data
+from raylab.training.speed import flop_counter, measure_peak
+
+# Settings of which the rate of a step depends most: equal ones are told by the same rate.
+SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+LIKE = (
+    *("pretrain.objective", "encoder.pretrained", "encoder.trial", "encoder.tokenizer.vocab_size"),
+    *(f"encoder.config.{name}" for name in SHAPE),
+)
+# Trials that a rate is taken from, the last ones.
+MOST_TRIALS = 20
+# Seconds in which all is tried out, and the share of a matrix peak that a step is expected to reach at least.
+TRY_SECONDS, LEAST_SHARE = 1.0, 0.15
+
+Key = tuple[Any, ...]
+
+
+class Work(NamedTuple):
+    """Tokens to train on of one arm: its settings, the searched values that make it, and its longest pre-training."""
+
+    job: Job
+    values: Mapping[str, Any]
+    tokens: float
+    longest: int
+
+
+class Rate(NamedTuple):
+    """Tokens a second of one trial, over all its workers, and where that is from; None: not known, and why."""
+
+    tokens_per_second: float | None
+    source: str
+
+
+def plan_time(preparation: Preparation, work: Sequence[Work], trials_left: int) -> dict[str, Any]:
+    """Hours of pre-training and evaluation that are left, in trial time and on the clock. Plain values.
+
+    `rates`: objective, encoder, tokens a second and where that is from. `tokens_per_second` is over all that is left;
+    it and the hours are None where a rate is not known. `evaluation_hours`: None before a trial of the job has ended.
+    """
+    job, results = preparation.job, preparation.results
+    rates = find_rates(preparation, work)
+    known = [rates[make_key(part.job)].tokens_per_second for part in work]
+    seconds = longest = 0.0
+    for part, rate in zip(work, known, strict=True):
+        if rate is not None:
+            seconds, longest = seconds + part.tokens / rate, max(longest, part.longest / rate)
+    whole, tokens = None not in known, sum(part.tokens for part in work)
+    slots, why = count_slots(job)
+    trial_seconds, num_trials = _measure_evaluation(results, job.name)
+    evaluating = None if trial_seconds is None else trial_seconds * trials_left
+    clock = max((seconds + (evaluating or 0.0)) / max(min(slots, trials_left), 1), longest)
+    return {
+        "rates": [
+            {"objective": key[0], "encoder": _tell_encoder(key), "tokens_per_second": rate, "source": source}
+            for key, (rate, source) in rates.items()
+        ],
+        "tokens_per_second": tokens / seconds if whole and seconds else None,
+        "hours": seconds / 3600 if whole else None,
+        "evaluation_hours": None if evaluating is None else evaluating / 3600,
+        "evaluation_source": f"the median of {num_trials} trials of this job" if num_trials else None,
+        "trials_at_once": slots,
+        "trials_at_once_source": why,
+        "clock_hours": clock / 3600 if whole else None,
+    }
+
+
+def tell_time(found: Mapping[str, Any]) -> list[str]:
+    """The time that `plan_time` found, in lines for people."""
+    lines, evaluating = [], found["evaluation_hours"]
+    if found["hours"] is not None:
+        lines.append(
+            f"time: about {_tell(found['hours'])} of pre-training"
+            + (f" and {_tell(evaluating)} of evaluation" if evaluating is not None else "")
+            + f" in trials; {_tell(found['clock_hours'])} on the clock with {found['trials_at_once']} at once "
+            f"({found['trials_at_once_source']})"
+        )
+    for rate in found["rates"]:
+        told = "no rate is known" if rate["tokens_per_second"] is None else f"{rate['tokens_per_second']:,.0f} tokens/s"
+        lines.append(f"rate: {rate['objective']}, {rate['encoder']}: {told} ({rate['source']})")
+    if evaluating is None:
+        lines.append("evaluation is left out of the time: no trial of this job has ended yet")
+    else:
+        lines.append(f"evaluation: from {found['evaluation_source']}")
+    return lines
+
+
+def _tell(hours: float) -> str:
+    for unit, size in (("hours", 1.0), ("minutes", 1 / 60)):
+        if hours >= size:
+            return f"{hours / size:.1f} {unit}"
+    return f"{hours * 3600:.0f} seconds"
+
+
+def make_key(job: Job) -> Key:
+    """What of an arm its rate is told by."""
+    settings = list_settings(job)
+    return tuple(plain_value(settings[name]) for name in LIKE)
+
+
+def _tell_encoder(key: Key) -> str:
+    named = dict(zip(LIKE, key, strict=True))
+    start = named["encoder.pretrained"] or named["encoder.trial"]
+    return str(start or f"{named['encoder.config.num_hidden_layers']} x {named['encoder.config.hidden_size']}")
+
+
+def count_slots(job: Job) -> tuple[int, str]:
+    """Trials that run at once, and by what: as the job says, else as many as fit on this machine."""
+    resources = job.resources
+    if resources.max_concurrent_trials is not None:
+        return resources.max_concurrent_trials, "resources.max_concurrent_trials"
+    fit = (os.cpu_count() or 1) // (resources.cpus_per_worker * resources.workers)
+    gpus = torch.cuda.device_count()
+    if gpus and resources.gpus_per_worker != 0:
+        fit = min(fit, int(gpus * (1 / (resources.gpus_per_worker or 1.0)) + 1e-6) // resources.workers)
+    return max(fit, 1), "as many as fit on this machine; a cluster may hold more"
+
+
+def find_rates(preparation: Preparation, work: Iterable[Work]) -> dict[Key, Rate]:
+    """The rate of each kind of arm, by `make_key`: measured in trials where there are any, else tried out here."""
+    job, results = preparation.job, preparation.results
+    kinds: dict[Key, Work] = {}
+    for part in work:
+        kinds.setdefault(make_key(part.job), part)
+    found: dict[Key, Rate] = {}
+    for key in kinds:
+        rate = _read_rate(results, job, key, own=True) or _read_rate(results, job, key, own=False)
+        if rate is not None:
+            found[key] = rate
+    missing = [key for key in kinds if key not in found]
+    began = time.perf_counter()
+    for place, key in enumerate(missing):
+        left = (TRY_SECONDS - (time.perf_counter() - began)) / (len(missing) - place)
+        found[key] = _try_kind(preparation, kinds[key], left)
+    return {key: found[key] for key in kinds}
+
+
+def _fits_device(job: Job, device: str) -> bool:
+    gpu = _wants_gpu(job)
+    if gpu and torch.cuda.is_available():
+        return device == torch.cuda.get_device_name()
+    return (device != "cpu") == gpu
+
+
+def _read_rate(results: Path, job: Job, key: Key, *, own: bool) -> Rate | None:
+    """The median rate of the last like trials on one kind of device: of this job, or of other jobs."""
+    try:
+        trials = _list_like(results, key) if results.is_dir() else []
+        if own:
+            like = [row for row in trials if row["job"] == job.name]
+        else:
+            like = [row for row in trials if row["job"] != job.name and _fits_device(job, row["device"])]
+            alike = {name: _shares_resources(results, name, job) for name in sorted({row["job"] for row in like})}
+            like = [row for row in like if alike[row["job"]]]
+        like = [row for row in like if row["device"] == like[0]["device"]][:MOST_TRIALS]
+        rates = _read_rates(results, like)
+    except DamagedError:
+        return None
+    if not rates:
+        return None
+    whose = "this job" if own else f"job {', '.join(sorted({row['job'] for row in like}))}"
+    count = f"{len(rates)} trial{'s' * (len(rates) > 1)}"
+    return Rate(float(np.median(rates)), f"measured in {count} of {whose} on {like[0]['device']}")
+
+
+def _list_like(results: Path, key: Key) -> list[dict[str, Any]]:
+    """All jobs' trials that are like, the last one first."""
+    columns = ["job", "trial_id", "device", "updated_at", *LIKE]
+    table = read_table(results, "trials", columns=columns)
+    place = table.column_names.index("updated_at")
+    # Arrow loads pandas to make Python's times of its own.
+    table = table.set_column(place, "updated_at", table["updated_at"].cast(pa.int64()))
+    rows: list[dict[str, Any]] = table.to_pylist()
+    like = [row for row in rows if row["device"] and tuple(row[name] for name in LIKE) == key]
+    return sorted(like, key=lambda row: row["updated_at"] or 0, reverse=True)
+
+
+def _shares_resources(results: Path, name: str, job: Job) -> bool:
+    """Whether another job's trials had the workers, CPUs and GPUs that this one's will have."""
+    with contextlib.suppress(JobError, OSError):
+        theirs = load_job(results / name / "job.yaml").resources
+        names = ("workers", "cpus_per_worker", "gpus_per_worker")
+        return all(getattr(theirs, name) == getattr(job.resources, name) for name in names)
+    return False
+
+
+def _read_rates(results: Path, trials: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Tokens over the seconds in the training loop, of each trial that has a curve."""
+    if not trials:
+        return []
+    jobs, ids = sorted({row["job"] for row in trials}), [row["trial_id"] for row in trials]
+    rates: dict[str, float] = {}
+    for name in jobs:
+        rows = open_tables(results, "curves", name, ids).execute(
+            """
+            with parts as (
+                select trial_id, value, tokens - lag(tokens, 1, 0) over (partition by trial_id order by step) as part
+                from curves where metric = 'train_tokens_per_second'
+            )
+            select trial_id, sum(part) / sum(part / value) from parts group by trial_id
+            """
+        )
+        rates |= dict(rows.fetchall())
+    return list(rates.values())
+
+
+def _measure_evaluation(results: Path, name: str) -> tuple[float | None, int]:
+    """Median seconds of a trial of this job beside its pre-training, and the number of trials that tell."""
+    if not (results / name).is_dir():
+        return None, 0
+    rows = open_tables(results, "trials stages", name).execute(
+        """
+        select t.wall_seconds - coalesce(sum(s.wall_seconds) filter (where s.kind = 'pretrain' and not s.reused), 0)
+        from trials t left join stages s using (trial_id)
+        where t.status = 'complete' and t.attempts = 1 and t.arm not like 'baseline:%'
+        group by t.trial_id, t.wall_seconds
+        """
+    )
+    seconds = [max(row[0], 0.0) for row in rows.fetchall()]
+    return (float(np.median(seconds)) if seconds else None), len(seconds)
+
+
+def _try_kind(preparation: Preparation, part: Work, seconds: float) -> Rate:
+    resources = part.job.resources
+    if _wants_gpu(part.job):
+        return Rate(None, "no like trial has run; the first one's curve will tell")
+    before = torch.get_num_threads()
+    torch.set_num_threads(resources.cpus_per_worker)
+    try:
+        rate = try_out(make_spec(preparation, part.values, preparation.job.search.seeds[0], "fixed"), seconds)
+    except (InfeasibleError, NotFiniteError):
+        return Rate(None, "no like trial has run, and it fails where it is tried out")
+    finally:
+        torch.set_num_threads(before)
+    if rate is None:
+        return Rate(None, "no like trial has run, and a step takes too long to try it out on this machine's CPU")
+    threads = f"{resources.cpus_per_worker} thread{'s' * (resources.cpus_per_worker > 1)}"
+    many = f", times {resources.workers} workers" if resources.workers > 1 else ""
+    return Rate(rate * resources.workers, f"tried out just now on this machine's CPU, {threads}{many}")
+
+
+def _wants_gpu(job: Job) -> bool:
+    wanted = job.resources.gpus_per_worker
+    return torch.cuda.is_available() if wanted is None else wanted > 0
+
+
+def try_out(spec: TrialSpec, seconds: float) -> float | None:
+    """Tokens a second of real steps on the CPU, with a trial's own documents and random weights; nothing is kept.
+
+    A step is as large as some of them fit into `seconds`, up to the trial's own; None where even one of a single
+    document would not.
+    """
+    data, device, pretrain = open_data(spec), torch.device("cpu"), spec.settings.pretrain
+    units = make_units(spec, data)
+    with torch.device("meta"):
+        count = flop_counter(Learner(_build_encoder(spec, data), pretrain, data.num_categories))
+    with precision(device):
+        peak = measure_peak(device)
+    if count(units.build(np.zeros(1, dtype=np.int64), np.arange(1))) > LEAST_SHARE * peak * seconds / 3:
+        return None
+    learner = Learner(_build_encoder(spec, data), pretrain, data.num_categories)
+    # Of so many tokens no point of a curve is reached: what is spent is summed to the end.
+    pretrain = pretrain.model_copy(update={"batch_tokens": 1, "accumulation": 1, "num_tokens": 2**60})
+    training = Training(learner, make_optimizer(learner, pretrain), Progress())
+    progress = training.progress
+    for _ in range(2):  # the second time the optimiser's state is there
+        progress.spent = {}
+        train(training, units, data, pretrain, spec.seed, progress.tokens + 1)
+        rate = progress.spent["tokens"] / progress.spent["seconds"]
+    size = max(1, min(spec.settings.pretrain.batch_tokens, int(rate * seconds / 4)))
+    pretrain = pretrain.model_copy(update={"batch_tokens": size})
+    progress.spent, began = {}, time.perf_counter()
+    while not progress.spent or time.perf_counter() - began < seconds / 4:
+        train(training, units, data, pretrain, spec.seed, progress.tokens + 1)
+    return progress.spent["tokens"] / progress.spent["seconds"]
+
+
+def _build_encoder(spec: TrialSpec, data: Data) -> nn.Module:
+    """As the trial's, but for its weights."""
+    start = spec.settings.encoder
+    if start.config is not None:
+        return build_encoder(start.config, data.vocabulary, spec.settings.corpus.max_length, spec.seed)
+    from transformers import AutoConfig, AutoModelForMaskedLM
+
+    assert spec.encoder_path is not None
+    config = AutoConfig.from_pretrained(spec.encoder_path, revision=start.revision or "main")
+    encoder: nn.Module = AutoModelForMaskedLM.from_config(config)
+    return encoder
