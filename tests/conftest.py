@@ -113,7 +113,7 @@ VALUES = {
 }
 
 
-# Of the curves, times and memory are left out.
+# Of the curves, times, memory and padding are left out.
 SAME = {"curves": f"metric not in {OF_A_RUN}"}
 
 

@@ -2,29 +2,24 @@
 
 import contextlib
 import os
-import time
+import platform
 from collections.abc import Iterable, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import torch
-from torch import nn
 
-from raylab.base.mistakes import DamagedError, InfeasibleError, JobError
+from raylab.base.mistakes import DamagedError, JobError
 from raylab.job.jobs import load_job
 from raylab.job.settings import list_settings
-from raylab.job.specs import Job, TrialSpec
+from raylab.job.specs import Job
 from raylab.results.queries import open_tables
 from raylab.results.snapshot import read_table
 from raylab.results.tables import plain_value
 from raylab.runs.preparation import Preparation, make_spec
-from raylab.training.encoder import build_encoder, precision
-from raylab.training.loop import Data, NotFiniteError, Progress, Training, make_optimizer, train
-from raylab.training.objectives import Learner
-from raylab.training.pretrain import make_units, open_data
-from raylab.training.speed import flop_counter, measure_peak
+from raylab.store.stages import build_stage
 
 # Settings of which the rate of a step depends most: equal ones are told by the same rate.
 SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -34,8 +29,8 @@ LIKE = (
 )
 # Trials that a rate is taken from, the last ones.
 MOST_TRIALS = 20
-# Seconds in which all is tried out, and the share of a matrix peak that a step is expected to reach at least.
-TRY_SECONDS, LEAST_SHARE = 1.0, 0.15
+# Seconds in which all is tried out.
+TRY_SECONDS = 1.0
 
 Key = tuple[Any, ...]
 
@@ -129,15 +124,14 @@ def _tell_encoder(key: Key) -> str:
 
 
 def count_slots(job: Job) -> tuple[int, str]:
-    """Trials that run at once, and by what: as the job says, else as many as fit on this machine."""
-    resources = job.resources
+    """Trials that run at once, and by what: as the job says, else as many as one GPU or this machine's CPUs hold."""
+    resources, where = job.resources, "a cluster may hold more"
     if resources.max_concurrent_trials is not None:
         return resources.max_concurrent_trials, "resources.max_concurrent_trials"
+    if resources.gpus_per_worker or (resources.gpus_per_worker is None and _has_gpu()):
+        return max(int(1 / (resources.gpus_per_worker or 1.0) + 1e-6), 1), f"as many as fit on one GPU; {where}"
     fit = (os.cpu_count() or 1) // (resources.cpus_per_worker * resources.workers)
-    gpus = torch.cuda.device_count()
-    if gpus and resources.gpus_per_worker != 0:
-        fit = min(fit, int(gpus * (1 / (resources.gpus_per_worker or 1.0)) + 1e-6) // resources.workers)
-    return max(fit, 1), "as many as fit on this machine; a cluster may hold more"
+    return max(fit, 1), f"as many as fit on this machine; {where}"
 
 
 def find_rates(preparation: Preparation, work: Iterable[Work]) -> dict[Key, Rate]:
@@ -152,18 +146,14 @@ def find_rates(preparation: Preparation, work: Iterable[Work]) -> dict[Key, Rate
         if rate is not None:
             found[key] = rate
     missing = [key for key in kinds if key not in found]
-    began = time.perf_counter()
-    for place, key in enumerate(missing):
-        left = (TRY_SECONDS - (time.perf_counter() - began)) / (len(missing) - place)
-        found[key] = _try_kind(preparation, kinds[key], left)
+    for key in missing:
+        found[key] = _try_kind(preparation, kinds[key], TRY_SECONDS / len(missing))
     return {key: found[key] for key in kinds}
 
 
 def _fits_device(job: Job, device: str) -> bool:
-    gpu = _wants_gpu(job)
-    if gpu and torch.cuda.is_available():
-        return device == torch.cuda.get_device_name()
-    return (device != "cpu") == gpu
+    wanted = job.resources.gpus_per_worker
+    return wanted is None or (device != "cpu") == (wanted > 0)
 
 
 def _read_rate(results: Path, job: Job, key: Key, *, own: bool) -> Rate | None:
@@ -245,68 +235,29 @@ def _measure_evaluation(results: Path, name: str) -> tuple[float | None, int]:
 
 
 def _try_kind(preparation: Preparation, part: Work, seconds: float) -> Rate:
+    """Tried out once on a machine, and kept as a stage: importing what trains takes longer than all else of a plan."""
     resources = part.job.resources
-    if _wants_gpu(part.job):
+    if resources.gpus_per_worker or _has_gpu():
         return Rate(None, "no like trial has run; the first one's curve will tell")
-    before = torch.get_num_threads()
-    torch.set_num_threads(resources.cpus_per_worker)
-    try:
-        rate = try_out(make_spec(preparation, part.values, preparation.job.search.seeds[0], "fixed"), seconds)
-    except (InfeasibleError, NotFiniteError):
-        return Rate(None, "no like trial has run, and it fails where it is tried out")
-    finally:
-        torch.set_num_threads(before)
+    threads = resources.cpus_per_worker
+    versions = [metadata.version(name) for name in ("raylab", "torch", "transformers")]
+    machine = [platform.node(), platform.machine(), os.cpu_count()]
+    key = {"like": list(make_key(part.job)), "threads": threads, "machine": machine, "versions": versions}
+
+    def build(folder: Path) -> dict[str, Any]:
+        from raylab.runs.tryout import try_out
+
+        spec = make_spec(preparation, part.values, preparation.job.search.seeds[0], "fixed")
+        return {"tokens_per_second": try_out(spec, seconds)}
+
+    rate = build_stage(preparation.results, "rate", key, build).info["tokens_per_second"]
     if rate is None:
         return Rate(None, "no like trial has run, and a step takes too long to try it out on this machine's CPU")
-    threads = f"{resources.cpus_per_worker} thread{'s' * (resources.cpus_per_worker > 1)}"
     many = f", times {resources.workers} workers" if resources.workers > 1 else ""
-    return Rate(rate * resources.workers, f"tried out just now on this machine's CPU, {threads}{many}")
+    where = f"tried out on this machine's CPU, {threads} thread{'s' * (threads > 1)}{many}"
+    return Rate(rate * resources.workers, where)
 
 
-def _wants_gpu(job: Job) -> bool:
-    wanted = job.resources.gpus_per_worker
-    return torch.cuda.is_available() if wanted is None else wanted > 0
-
-
-def try_out(spec: TrialSpec, seconds: float) -> float | None:
-    """Tokens a second of real steps on the CPU, with a trial's own documents and random weights; nothing is kept.
-
-    A step is as large as some of them fit into `seconds`, up to the trial's own; None where even one of a single
-    document would not.
-    """
-    data, device, pretrain = open_data(spec), torch.device("cpu"), spec.settings.pretrain
-    units = make_units(spec, data)
-    with torch.device("meta"):
-        count = flop_counter(Learner(_build_encoder(spec, data), pretrain, data.num_categories))
-    with precision(device):
-        peak = measure_peak(device)
-    if count(units.build(np.zeros(1, dtype=np.int64), np.arange(1))) > LEAST_SHARE * peak * seconds / 3:
-        return None
-    learner = Learner(_build_encoder(spec, data), pretrain, data.num_categories)
-    # Of so many tokens no point of a curve is reached: what is spent is summed to the end.
-    pretrain = pretrain.model_copy(update={"batch_tokens": 1, "accumulation": 1, "num_tokens": 2**60})
-    training = Training(learner, make_optimizer(learner, pretrain), Progress())
-    progress = training.progress
-    for _ in range(2):  # the second time the optimiser's state is there
-        progress.spent = {}
-        train(training, units, data, pretrain, spec.seed, progress.tokens + 1)
-        rate = progress.spent["tokens"] / progress.spent["seconds"]
-    size = max(1, min(spec.settings.pretrain.batch_tokens, int(rate * seconds / 4)))
-    pretrain = pretrain.model_copy(update={"batch_tokens": size})
-    progress.spent, began = {}, time.perf_counter()
-    while not progress.spent or time.perf_counter() - began < seconds / 4:
-        train(training, units, data, pretrain, spec.seed, progress.tokens + 1)
-    return progress.spent["tokens"] / progress.spent["seconds"]
-
-
-def _build_encoder(spec: TrialSpec, data: Data) -> nn.Module:
-    """As the trial's, but for its weights."""
-    start = spec.settings.encoder
-    if start.config is not None:
-        return build_encoder(start.config, data.vocabulary, spec.settings.corpus.max_length, spec.seed)
-    from transformers import AutoConfig, AutoModelForMaskedLM
-
-    assert spec.encoder_path is not None
-    config = AutoConfig.from_pretrained(spec.encoder_path, revision=start.revision or "main")
-    encoder: nn.Module = AutoModelForMaskedLM.from_config(config)
-    return encoder
+def _has_gpu() -> bool:
+    """Whether this machine has an NVIDIA GPU, without importing torch, which takes a second."""
+    return Path("/proc/driver/nvidia/version").exists()
