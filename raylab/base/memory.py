@@ -11,6 +11,22 @@ import torch
 _before: dict[str, int] = {}
 
 
+# What CUDA itself takes of a GPU for each process, beside what torch allocates: contexts, libraries, kernels.
+CONTEXT_BYTES = 2**30
+
+
+def share_memory(share: float) -> None:
+    """Keeps torch in this process to a share of its GPU's memory, so that trials beside it keep theirs."""
+    if share < 1 and torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(cut_share(share, total))
+
+
+def cut_share(share: float, total: int) -> float:
+    """The share of `total` bytes that is left to torch, once CUDA has taken its own from that of the process."""
+    return max(share - CONTEXT_BYTES / total, share / 2)
+
+
 def reset_peak(device: torch.device) -> None:
     """A process does many things one after another: each one's peak is its own."""
     if device.type == "cuda":
