@@ -44,7 +44,7 @@ class Load(NamedTuple):
     words: int
 
 
-LOADS = {"cuda": Load(12_000_000, 24_000, 4, 1500, 1500), "cpu": Load(60_000, 2048, 2, 200, 400)}
+LOADS = {"cuda": Load(12_000_000, 24_000, 4, 1500, 1500), "cpu": Load(30_000, 2048, 2, 200, 400)}
 
 
 def make_shared(notes: Path, at_once: int, load: Load, resources: dict[str, Any]) -> Job:
