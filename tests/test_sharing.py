@@ -1,5 +1,10 @@
 """Trials that share a GPU: how many fit, what memory each keeps to, what is refused, and what a full one is told."""
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from rich.console import Console
@@ -58,6 +63,27 @@ def test_a_trial_without_memory_is_told_what_to_set(gpus, make_spec, tmp_path):
     assert wanted in row["error"]
     assert "note" not in row["error"]
     assert "\n" not in row["error"]
+
+
+COUNT_THREADS = """
+import json
+from raylab.runs.trial import set_threads
+set_threads(1)
+import pyarrow, scipy.sparse, sklearn.linear_model, threadpoolctl, torch
+pools = [pool["num_threads"] for pool in threadpoolctl.threadpool_info()]
+print(json.dumps({"pools": pools, "torch": torch.get_num_threads(), "arrow": pyarrow.cpu_count()}))
+"""
+
+
+def test_a_trial_has_as_many_threads_as_cpus():
+    """Of torch, of every BLAS and OpenMP, and of Arrow, in a process whose libraries would take all cores."""
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    command = [sys.executable, "-c", COUNT_THREADS]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    found = json.loads(done.stdout)
+    assert len(found["pools"]) >= 2
+    assert {*found["pools"], found["torch"], found["arrow"]} == {1}
 
 
 @pytest.fixture(scope="module")

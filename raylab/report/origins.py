@@ -129,8 +129,8 @@ def tell_cost(study: Study) -> Section:
         parts.append(Table("stages", "Stages by kind: used, reused, seconds", kinds))
     parts.append(Table("cost", "Arms by trial time", rows, columns, shown=10))
     parts.append(
-        "Tokens/s of pre-training: the median over the points of a curve. MFU: needed FLOPs a second, as a share of what "
-        "the device reaches in a large matrix product."
+        "Tokens/s of pre-training: the median over the points of a curve. MFU: needed FLOPs a second, as a share of "
+        "what the device reaches in a large matrix product."
     )
     return Section("cost", "Cost, and what reuse saved", lead, parts)
 

@@ -1,6 +1,5 @@
 """What a job would run and what the corpus makes of its settings: counted from the token stores, before any GPU."""
 
-import contextlib
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +23,7 @@ from raylab.job.specs import ADAPTIVE, Choices, Job, TrialSpec
 from raylab.results.tables import list_trials
 from raylab.runs.hygiene import check_corpus, print_hygiene
 from raylab.runs.preparation import Preparation, make_spec, name_point, prepare
-from raylab.runs.rates import Work, plan_time, tell_time
+from raylab.runs.rates import Work, plan_time, share_work, tell_time
 from raylab.statistics.analysis import count_family
 from raylab.statistics.comparisons import count_least_seeds, find_smallest_p
 from raylab.store.stages import FOLDER, open_stage, peek_stage, read_info
@@ -64,7 +63,7 @@ def _plan_arms(preparation: Preparation) -> dict[str, Any]:
         trials = count_trials(job, arms)
         needed = trials if possible_values(job, "pretrain.objective") != {"none"} else 0
         pretrainings, found, tokens = needed, 0, needed * job.pretrain.num_tokens
-        work = _share_work(job, tokens)
+        work = share_work(job, tokens)
     else:
         points: list[dict[str, Any]] = []
         known: set[str] = set()
@@ -168,16 +167,6 @@ def _plan_pretrainings(
                 size = arm_job.pretrain.num_tokens
                 chains[key] = (known, Work(arm_job, values, size, size))
     return needed, chains
-
-
-def _share_work(job: Job, tokens: int) -> list[Work]:
-    """The work of a search, as if each objective that it can choose took an equal share."""
-    parts: list[tuple[Job, dict[str, Any]]] = []
-    for objective in sorted(possible_values(job, "pretrain.objective") - {"none"}):
-        values = {"pretrain.objective": objective} if objective != job.pretrain.objective else {}
-        with contextlib.suppress(JobError):  # beside the job's other settings
-            parts.append((with_settings(job, values), values))
-    return [Work(arm, values, tokens / len(parts), job.pretrain.num_tokens) for arm, values in parts if tokens]
 
 
 def _weight_bytes(job: Job, preparation: Preparation) -> int:

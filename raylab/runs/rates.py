@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from raylab.base.mistakes import DamagedError, JobError
 from raylab.job.jobs import load_job
-from raylab.job.settings import list_settings
+from raylab.job.settings import list_settings, possible_values, with_settings
 from raylab.job.specs import Job
 from raylab.results.queries import open_tables
 from raylab.results.snapshot import read_table
@@ -49,6 +49,16 @@ class Rate(NamedTuple):
 
     tokens_per_second: float | None
     source: str
+
+
+def share_work(job: Job, tokens: int) -> list[Work]:
+    """The work of a search, as if each objective that it can choose took an equal share."""
+    parts: list[tuple[Job, dict[str, Any]]] = []
+    for objective in sorted(possible_values(job, "pretrain.objective") - {"none"}):
+        values = {"pretrain.objective": objective} if objective != job.pretrain.objective else {}
+        with contextlib.suppress(JobError):  # beside the job's other settings
+            parts.append((with_settings(job, values), values))
+    return [Work(arm, values, tokens / len(parts), job.pretrain.num_tokens) for arm, values in parts if tokens]
 
 
 def plan_time(preparation: Preparation, work: Sequence[Work], trials_left: int) -> dict[str, Any]:
@@ -141,10 +151,13 @@ def find_rates(preparation: Preparation, work: Iterable[Work]) -> dict[Key, Rate
     for part in work:
         kinds.setdefault(make_key(part.job), part)
     found: dict[Key, Rate] = {}
-    for key in kinds:
-        rate = _read_rate(results, job, key, own=True) or _read_rate(results, job, key, own=False)
-        if rate is not None:
-            found[key] = rate
+    for name in (job.name, None):  # of other jobs only what this one's trials don't tell
+        missing = [key for key in kinds if key not in found]
+        trials = _list_trials(results, name) if missing and results.is_dir() else []
+        for key in missing:
+            like = [row for row in trials if tuple(row[setting] for setting in LIKE) == key]
+            rate = _read_rate(results, like if name else _choose_others(results, job, like), own=name is not None)
+            found |= {} if rate is None else {key: rate}
     missing = [key for key in kinds if key not in found]
     for key in missing:
         found[key] = _try_kind(preparation, kinds[key], TRY_SECONDS / len(missing))
@@ -156,17 +169,29 @@ def _fits_device(job: Job, device: str) -> bool:
     return wanted is None or (device != "cpu") == (wanted > 0)
 
 
-def _read_rate(results: Path, job: Job, key: Key, *, own: bool) -> Rate | None:
-    """The median rate of the last like trials on one kind of device: of this job, or of other jobs."""
+def _list_trials(results: Path, job: str | None) -> list[dict[str, Any]]:
+    """A job's trials, or all jobs', the last one first; of each what makes it like another."""
     try:
-        trials = _list_like(results, key) if results.is_dir() else []
-        if own:
-            like = [row for row in trials if row["job"] == job.name]
-        else:
-            like = [row for row in trials if row["job"] != job.name and _fits_device(job, row["device"])]
-            alike = {name: _shares_resources(results, name, job) for name in sorted({row["job"] for row in like})}
-            like = [row for row in like if alike[row["job"]]]
-        like = [row for row in like if row["device"] == like[0]["device"]][:MOST_TRIALS]
+        table = read_table(results, "trials", job, columns=["job", "trial_id", "device", "updated_at", *LIKE])
+    except DamagedError:
+        return []
+    place = table.column_names.index("updated_at")
+    # Arrow loads pandas to make Python's times of its own.
+    rows: list[dict[str, Any]] = table.set_column(place, "updated_at", table["updated_at"].cast(pa.int64())).to_pylist()
+    return sorted((row for row in rows if row["device"]), key=lambda row: row["updated_at"] or 0, reverse=True)
+
+
+def _choose_others(results: Path, job: Job, like: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Trials of other jobs that ran on such a device, and with such resources, as this job's will."""
+    others = [row for row in like if row["job"] != job.name and _fits_device(job, row["device"])]
+    alike = {name: _shares_resources(results, name, job) for name in sorted({row["job"] for row in others})}
+    return [row for row in others if alike[row["job"]]]
+
+
+def _read_rate(results: Path, like: Sequence[dict[str, Any]], *, own: bool) -> Rate | None:
+    """The median rate of the last trials on one kind of device; None where none has a curve."""
+    like = [row for row in like if row["device"] == like[0]["device"]][:MOST_TRIALS]
+    try:
         rates = _read_rates(results, like)
     except DamagedError:
         return None
@@ -175,18 +200,6 @@ def _read_rate(results: Path, job: Job, key: Key, *, own: bool) -> Rate | None:
     whose = "this job" if own else f"job {', '.join(sorted({row['job'] for row in like}))}"
     count = f"{len(rates)} trial{'s' * (len(rates) > 1)}"
     return Rate(float(np.median(rates)), f"measured in {count} of {whose} on {like[0]['device']}")
-
-
-def _list_like(results: Path, key: Key) -> list[dict[str, Any]]:
-    """All jobs' trials that are like, the last one first."""
-    columns = ["job", "trial_id", "device", "updated_at", *LIKE]
-    table = read_table(results, "trials", columns=columns)
-    place = table.column_names.index("updated_at")
-    # Arrow loads pandas to make Python's times of its own.
-    table = table.set_column(place, "updated_at", table["updated_at"].cast(pa.int64()))
-    rows: list[dict[str, Any]] = table.to_pylist()
-    like = [row for row in rows if row["device"] and tuple(row[name] for name in LIKE) == key]
-    return sorted(like, key=lambda row: row["updated_at"] or 0, reverse=True)
 
 
 def _shares_resources(results: Path, name: str, job: Job) -> bool:
