@@ -198,7 +198,7 @@ def train_steps(spec, world=ALONE, *, begun=None, num=NUM_STEPS, keep=None):
         "curve": {
             (point["step"], point["metric"]): point["value"]
             for point in progress.curves
-            if point["metric"] != "train_data_seconds"
+            if point["metric"] not in OF_A_RUN
         },
         "progress": (progress.tokens, progress.epoch, progress.position, progress.ahead, progress.flops),
     }

@@ -28,13 +28,16 @@ class Part(NamedTuple):
 class Fed(NamedTuple):
     """A worker's share of a step: its parts, on the CPU, and counts over them.
 
-    `counts` float32 [2] are masked tokens and texts with a category; `flops` what `count_flops` counts. Over all
-    workers, `negatives` are those of a contrastive loss, mean a point; None without one. `waited` is in seconds.
+    `counts` float32 [2] are masked tokens and texts with a category; `slots` and `attended` the token slots that pass
+    through the layers and through attention, padding included; `flops` what `count_flops` counts. Over all workers,
+    `negatives` are those of a contrastive loss, mean a point; None without one. `waited` is in seconds.
     """
 
     step: Step
     parts: tuple[Part, ...]
     counts: Tensor
+    slots: int
+    attended: int
     flops: float
     negatives: float | None
     waited: float
@@ -102,6 +105,11 @@ def _count_others(categories: Ints) -> tuple[int, int]:
     """Points of a supervised contrastive loss, and all their negatives: the points of other categories."""
     counts = np.bincount(categories[categories >= 0])
     return int(counts.sum()), int((counts * (counts.sum() - counts)).sum())
+
+
+def _count_attended(batch: Batch) -> int:
+    padding = batch.layout.bounds.padding
+    return len(batch.input_ids) if padding is None else len(padding.slots)
 
 
 def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -178,6 +186,8 @@ def feed(
             step,
             pin(tuple(parts)) if pinned else tuple(parts),
             pin(counted) if pinned else counted,
+            sum(len(batch.input_ids) for batch in batches),
+            sum(_count_attended(batch) for batch in batches),
             sum(count_flops(inputs) for inputs in built),
             negatives / max(points, 1) if contrastive else None,
             0.0,
