@@ -1,4 +1,7 @@
-"""raylab's own training loop on GPUs, on random texts, for benchmarks/pretrain.py: the same code that a trial runs."""
+"""Pre-training on GPUs for benchmarks/pretrain.py: raylab's own loop, as a trial runs it, beside its peers.
+
+Texts are random tokens: 4,000 documents with room for spans of 32 to 512 tokens, or texts of 100 to 512 tokens.
+"""
 
 import os
 import statistics
@@ -10,7 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from recipes import make_roberta
+from recipes import make_roberta, run_declutr, run_pairs, run_trainer
 from torch import multiprocessing
 
 from raylab.base.world import ALONE, World
@@ -27,6 +30,9 @@ BASE = {
 }  # fmt: skip
 SMALL = BASE | {"vocab_size": 30_522, "hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}
 # Spans of 32 to 512 tokens, the two special ones included, of documents that have room for them.
+DOCUMENTS, TEXTS, WHOLE = (2048, 3000), (100, 510), (510, 510)
+# What 16 documents with 2 anchors and 2 positives each bring in the mean.
+STEP = 23_700
 SPANS = {"num_anchors": 2, "num_positives": 2, "max_span": 510, "min_span": 30}
 CATEGORIES = 8
 
@@ -74,7 +80,7 @@ def make_training(case: Case, pretrain: Pretrain, data: Data, compiled: str, wor
 
 def draw_inputs(case: Case, steps: int) -> list[tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]]:
     """Of each step the anchors (or texts) and the positives, unmasked: what a peer gets."""
-    pretrain, _, units = make_data(case._replace(pretrain=case.pretrain | {"mlm": {"mask_fraction": 0.0}}))
+    pretrain, _, units = make_data(case._replace(pretrain=case.pretrain | {"mlm": {"mask_fraction": 1e-12}}))
     drawn = []
     places = iterate_steps(units, pretrain.batch_tokens, 0, Place(0, 0))
     for _ in range(steps):
@@ -89,6 +95,7 @@ def measure(
     case: Case, repeats: int, steps: int, compiled: str = "always", world: World = ALONE, profile: str | None = None
 ) -> Ours:
     """Runs the loop; the medians are over repeats of `steps` steps."""
+    torch.cuda.reset_peak_memory_stats()
     pretrain, data, units = make_data(case)
     training = make_training(case, pretrain, data, compiled, world)
     progress = training.progress
@@ -99,9 +106,8 @@ def measure(
         train(training, units, data, pretrain, 0, progress.tokens + int((number - 0.5) * pretrain.batch_tokens), world)
         torch.cuda.synchronize()
 
-    go(12)
+    go(30)
     setup = time.perf_counter() - begun
-    torch.cuda.reset_peak_memory_stats()
     rows = []
     for _ in range(repeats):
         before = (progress.step, progress.tokens, progress.flops, count_seen(progress, units))
@@ -124,6 +130,100 @@ def measure(
 def count_seen(progress: Progress, units: Units) -> float:
     """Documents or texts so far; those taken ahead of their place are of the next steps as often as of the last."""
     return float(progress.epoch * units.num + progress.position)
+
+
+def make_cases() -> dict[str, Case]:
+    """What is timed."""
+    declutr = {"objective": "declutr", "batch_tokens": STEP, "declutr": SPANS}
+    small = {"batch_tokens": 24_000}
+    pairs = {"declutr": SPANS | {"num_positives": 1}, "mlm": {"weight": 0.0}}
+    metadata = {"objective": "metadata", "metadata": {"field": "category"}}
+    return {
+        "declutr": Case(BASE, declutr, DOCUMENTS),
+        "mlm": Case(BASE, {"objective": "mlm", "batch_tokens": 64 * 512}, WHOLE),
+        "pairs": Case(BASE, declutr | pairs | {"batch_tokens": 17_500}, DOCUMENTS),
+        "small_declutr": Case(SMALL, declutr | small, DOCUMENTS),
+        "small_mlm": Case(SMALL, {"objective": "mlm"} | small, TEXTS),
+        "small_metadata": Case(SMALL, metadata | small, TEXTS),
+    }
+
+
+def describe(ours: Ours, peak: float) -> dict[str, float]:
+    """A measurement in the units of the results."""
+    return {
+        "milliseconds": 1e3 * ours.seconds,
+        "tokens_per_second": ours.tokens / ours.seconds,
+        "documents_per_second": ours.documents / ours.seconds,
+        "mfu": ours.flops / ours.seconds / peak,
+        "peak_memory_gb": ours.memory / 1e9,
+        "setup_seconds": ours.setup,
+    }
+
+
+def compare_peers(repeats: int, steps: int, profile: str | None = None) -> dict[str, Any]:
+    """Every case on one GPU, its peer before it; prints as it goes, and returns the figures and what they are of."""
+    cases, peak = make_cases(), measure_peak()
+    print(f"{torch.cuda.get_device_name()}: {peak / 1e12:.0f} TFLOP/s, torch {torch.__version__}", flush=True)
+    peers: dict[str, dict[str, float]] = {}
+
+    def note(name: str, documents: float, tokens: float, found: Any) -> None:
+        peers[name] = {
+            "documents_per_second": documents / found.seconds,
+            "tokens_per_second": tokens / found.seconds,
+            "peak_memory_gb": found.memory / 1e9,
+        }
+        print(name, peers[name], flush=True)
+        torch.cuda.empty_cache()
+
+    drawn = draw_inputs(cases["declutr"], 12)
+    tokens = statistics.mean(sum(len(part) for part in a + p) for a, p in drawn)
+    documents = statistics.mean(len(a) for a, _ in drawn) / SPANS["num_anchors"]
+    dropout = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+    note("recipe", documents, tokens, run_declutr(BASE | dropout, drawn, SPANS["num_positives"], repeats, 12))
+    batch = 64
+    note("trainer", batch, batch * 512, run_trainer(BASE | dropout, 512, batch, repeats, steps))
+    drawn = draw_inputs(cases["pairs"], (10 + repeats * steps) // 4)
+    pairs = [pair for a, p in drawn for pair in zip(a, p, strict=True)]
+    size = round(statistics.mean(len(a) for a, _ in drawn))
+    tokens = size * statistics.mean(len(a) + len(p) for a, p in pairs)
+    note("pairs", size / SPANS["num_anchors"], tokens, run_pairs(BASE | dropout, pairs, size, repeats, steps))
+    found: dict[str, dict[str, float]] = {}
+    for name, case in cases.items():
+        found[name] = describe(measure(case, repeats, 2 * steps, profile=profile and f"{profile}-{name}.txt"), peak)
+        print(name, found[name], flush=True)
+        torch._dynamo.reset()
+        torch.cuda.empty_cache()
+
+    def ratio(ours: str, peer: str, unit: str) -> float:
+        return round(found[ours][unit] / peers[peer][unit], 3)
+
+    small = {name: value["tokens_per_second"] for name, value in found.items() if name.startswith("small_")}
+    return {
+        "declutr_speedup": ratio("declutr", "recipe", "documents_per_second"),
+        "declutr_mfu": round(found["declutr"]["mfu"], 3),
+        "declutr_memory": ratio("declutr", "recipe", "peak_memory_gb"),
+        "mlm_speedup": ratio("mlm", "trainer", "tokens_per_second"),
+        "st_speedup": ratio("pairs", "pairs", "documents_per_second"),
+        "small_tokens_per_second": round(min(small.values())),
+        "peak_tflops": round(peak / 1e12),
+        "ours": found,
+        "peers": peers,
+    }
+
+
+def measure_scaling(size: int, repeats: int, steps: int) -> dict[str, float]:
+    """Tokens a second of `size` GPUs over `size` times those of one, with the same tokens for each."""
+    found = {}
+    for name in ("declutr", "small_declutr"):
+        case = make_cases()[name]
+        rates = []
+        for workers in (1, size):
+            batch = {"batch_tokens": workers * case.pretrain["batch_tokens"]}
+            (ours,) = measure_workers([case._replace(pretrain=case.pretrain | batch)], workers, repeats, steps)
+            rates.append(ours.tokens / ours.seconds)
+            print(f"{name}, {workers} GPUs: {rates[-1]:.0f} tokens a second, {describe(ours, 1e15)}", flush=True)
+        found[name] = round(rates[1] / (size * rates[0]), 3)
+    return {f"scaling_{size}": found["declutr"], f"scaling_{size}_small": found["small_declutr"]}
 
 
 def measure_peak() -> float:

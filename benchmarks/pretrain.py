@@ -6,6 +6,12 @@ Run `python benchmarks/pretrain.py --threads 2`, with the machine left to it. Th
 two passes, each padded to its longest, logits of masked tokens alone. A step is forward, backward and gradient norm,
 without dropout, on the same inputs by turns in one process. Packed steps compute as `pretrain.precision: auto`
 chooses, which is printed; their losses are compared with the recipe's. Every number is a median.
+
+`--device cuda` runs on one GPU instead (benchmarks/accelerator.py), beside the peers of benchmarks/recipes.py:
+`declutr_speedup`, documents a second over those of the reference recipe, `declutr_mfu` and `declutr_memory`;
+`mlm_speedup`, tokens a second over `transformers.Trainer`'s; `st_speedup`, documents a second over those of
+`sentence-transformers`; `small_tokens_per_second`, the least of three objectives. `--gpus 2` runs on so many GPUs and
+gives `scaling_2`, the share of linear, with the same tokens for each GPU.
 """
 
 import argparse
@@ -16,15 +22,14 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from recipes import compute_losses
 from torch import Tensor, nn
 
 from raylab.data.tokens import TokenStore, Vocabulary
 from raylab.job.blocks import Corpus, EncoderConfig, Pretrain
 from raylab.training.batches import UNITS, Inputs, Place, Units, iterate_steps
-from raylab.training.encoder import build_encoder, encode, is_half, name_precision, pool, precision, predict_tokens
+from raylab.training.encoder import build_encoder, is_half, name_precision, precision
 from raylab.training.feed import make_batch
-from raylab.training.losses import nt_xent
 from raylab.training.objectives import Learner, Totals
 
 SIZE = 16_000
@@ -71,25 +76,7 @@ def compute_packed(learner: Learner, inputs: Inputs) -> Tensor:
 
 def compute_padded(learner: Learner, inputs: Inputs) -> Tensor:
     """The same from padded texts."""
-    lengths, num_texts = np.diff(inputs.offsets).tolist(), len(inputs.rows)
-    segments = torch.from_numpy(inputs.input_ids).split(lengths)
-    marks = torch.zeros(len(inputs.input_ids), dtype=torch.bool)
-    marks[torch.from_numpy(inputs.selected)] = True
-
-    def pad(parts: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        ids = nn.utils.rnn.pad_sequence(list(parts), True, VOCABULARY.pad_id)
-        return ids, (ids != VOCABULARY.pad_id).long()
-
-    ids, mask = pad(segments[:num_texts])
-    selected = nn.utils.rnn.pad_sequence(list(marks.split(lengths)[:num_texts]), True, False)
-    hidden = encode(learner.encoder, ids, mask)
-    logits = predict_tokens(learner.encoder, hidden[selected])
-    loss = F.cross_entropy(logits, torch.from_numpy(inputs.targets))
-    if len(lengths) == num_texts:
-        return loss
-    positives, seen = pad(segments[num_texts:])
-    spans = pool(encode(learner.encoder, positives, seen), seen).unflatten(0, (num_texts, -1)).mean(1)
-    return loss + nt_xent(pool(hidden, mask), spans, learner.pretrain.declutr.temperature)
+    return torch.stack(list(compute_losses(learner, inputs, VOCABULARY.pad_id).values())).sum()
 
 
 def compare(objective: str, batch_tokens: int, repeats: int) -> tuple[float, float, float]:
@@ -127,7 +114,19 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="of torch (default %(default)s)")
     parser.add_argument("--tokens", type=int, default=8000, help="a step (default %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="default %(default)s")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--gpus", type=int, default=1, help="2 or more: how they scale")
+    parser.add_argument("--steps", type=int, default=20, help="a repeat, on GPUs (default %(default)s)")
+    parser.add_argument("--profile", help="where profiles of the steps on a GPU are written: PATH-CASE.txt")
     options = parser.parse_args()
+    if options.device == "cuda":
+        import accelerator
+
+        if options.gpus > 1:
+            print(json.dumps(accelerator.measure_scaling(options.gpus, options.repeats, 2 * options.steps)))
+        else:
+            print(json.dumps(accelerator.compare_peers(options.repeats, options.steps, options.profile)))
+        return
     torch.set_num_threads(options.threads)
     results: dict[str, float] = {}
     for objective in ("declutr", "mlm"):

@@ -1,7 +1,4 @@
-"""What benchmarks/pretrain.py compares raylab with on a GPU: each peer as its own documentation has it, at its best.
-
-Every function runs steps of a peer and returns the seconds of each measured step and the peak memory in bytes.
-"""
+"""What raylab's pre-training is compared with: plain padded steps, the reference recipe, libraries at their best."""
 
 import statistics
 import tempfile
@@ -16,6 +13,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import RobertaConfig, RobertaForMaskedLM, Trainer, TrainerCallback, TrainingArguments
+
+from raylab.training.batches import Inputs
+from raylab.training.encoder import encode, pool, predict_tokens
+from raylab.training.losses import nt_xent
+from raylab.training.objectives import Learner
 
 Ints = NDArray[np.int64]
 MASK, PAD = 4, 1
@@ -53,6 +55,31 @@ def make_roberta(config: dict[str, Any]) -> nn.Module:
 def _pad(parts: Sequence[Ints]) -> tuple[Tensor, Tensor]:
     ids = nn.utils.rnn.pad_sequence([torch.from_numpy(part) for part in parts], True, PAD)
     return ids, (ids != PAD).long()
+
+
+def compute_losses(learner: Learner, inputs: Inputs, pad_id: int) -> dict[str, Tensor]:
+    """The losses of a batch from padded texts, as plain code has them: anchors and positives in two passes, each padded
+    to its longest, logits of masked tokens alone; in the precision of the weights."""
+    device = next(learner.parameters()).device
+    lengths, num_texts = np.diff(inputs.offsets).tolist(), len(inputs.rows)
+    segments = torch.from_numpy(inputs.input_ids).split(lengths)
+    marks = torch.zeros(len(inputs.input_ids), dtype=torch.bool)
+    marks[torch.from_numpy(inputs.selected)] = True
+
+    def pad(parts: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        ids = nn.utils.rnn.pad_sequence(list(parts), True, pad_id)
+        return ids.to(device), (ids != pad_id).long().to(device)
+
+    ids, mask = pad(segments[:num_texts])
+    selected = nn.utils.rnn.pad_sequence(list(marks.split(lengths)[:num_texts]), True, False)
+    hidden = encode(learner.encoder, ids, mask)
+    logits = predict_tokens(learner.encoder, hidden[selected.to(device)])
+    losses = {"mlm": F.cross_entropy(logits, torch.from_numpy(inputs.targets).to(device))}
+    if len(lengths) == num_texts:
+        return losses
+    positives, seen = pad(segments[num_texts:])
+    spans = pool(encode(learner.encoder, positives, seen), seen).unflatten(0, (num_texts, -1)).mean(1)
+    return losses | {"declutr": nt_xent(pool(hidden, mask), spans, learner.pretrain.declutr.temperature)}
 
 
 def run_declutr(

@@ -12,6 +12,7 @@ from raylab.base.world import ALONE, World
 from raylab.job.blocks import Pretrain
 from raylab.job.settings import OBJECTIVE_BLOCKS, dump_spec
 from raylab.job.specs import TrialSpec
+from raylab.results.tables import OF_A_RUN
 from raylab.store.stages import FOLDER
 from raylab.training.feed import make_batch
 from raylab.training.loop import load_training, save_training, train

@@ -217,7 +217,7 @@ class Mlm(Model):
     """Masked-language modelling, dynamic 80/10/10 (BERT, arXiv 1810.04805; RoBERTa, arXiv 1907.11692)."""
 
     mask_fraction: float = Field(0.15, gt=0, lt=1)
-    weight: float = Field(1.0, ge=0)
+    weight: float = Field(1.0, ge=0, description="0: beside another objective, no such loss; texts are masked as ever")
 
 
 class Declutr(Model):

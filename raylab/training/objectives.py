@@ -106,11 +106,13 @@ def _encode(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor]:
     return hidden, pool_segments(hidden, batch.layout, batch.num_tokens)
 
 
-def _mlm_loss(learner: Learner, hidden: Tensor, batch: Batch, totals: Totals) -> Tensor:
+def _mlm_loss(learner: Learner, hidden: Tensor, batch: Batch, totals: Totals) -> dict[str, Tensor]:
+    if not learner.pretrain.mlm.weight:
+        return {}
     # The head sees the masked tokens alone, its projection a part of them at a time.
     features, projection = project_from(learner.encoder, hidden.index_select(0, batch.selected))
     summed = projected_cross_entropy(features, projection, batch.targets)
-    return summed * totals.workers / totals.selected.clamp(min=1)
+    return {"mlm": summed * totals.workers / totals.selected.clamp(min=1)}
 
 
 def _pair_spans(learner: Learner, pooled: Tensor, batch: Batch) -> Tensor:
@@ -173,7 +175,7 @@ def _contrast(learner: Learner, pooled: Tensor, batch: Batch, totals: Totals, gr
 def compute_mlm(learner: Learner, batch: Batch, totals: Totals, gradients: Tensor | None) -> dict[str, Tensor]:
     """Cross-entropy of the masked tokens, mean over the tokens of the whole step."""
     hidden = encode_packed(learner.encoder, batch.input_ids, batch.positions, batch.layout)
-    return {"mlm": _mlm_loss(learner, hidden, batch, totals)}
+    return _mlm_loss(learner, hidden, batch, totals)
 
 
 def compute_declutr(learner: Learner, batch: Batch, totals: Totals, gradients: Tensor | None) -> dict[str, Tensor]:
@@ -184,7 +186,7 @@ def compute_declutr(learner: Learner, batch: Batch, totals: Totals, gradients: T
     """
     hidden, pooled = _encode(learner, batch)
     contrastive = _contrast(learner, pooled, batch, totals, gradients)
-    return {"mlm": _mlm_loss(learner, hidden, batch, totals), "declutr": contrastive}
+    return {**_mlm_loss(learner, hidden, batch, totals), "declutr": contrastive}
 
 
 def compute_metadata(learner: Learner, batch: Batch, totals: Totals, gradients: Tensor | None) -> dict[str, Tensor]:
@@ -196,7 +198,7 @@ def compute_metadata(learner: Learner, batch: Batch, totals: Totals, gradients: 
         loss = summed * totals.workers / totals.categories.clamp(min=1)
     else:
         loss = _contrast(learner, pooled, batch, totals, gradients)
-    return {"mlm": _mlm_loss(learner, hidden, batch, totals), "metadata": loss}
+    return {**_mlm_loss(learner, hidden, batch, totals), "metadata": loss}
 
 
 OBJECTIVES: dict[str, Callable[[Learner, Batch, Totals, Tensor | None], dict[str, Tensor]]] = {

@@ -50,6 +50,7 @@ def flop_counter(learner: Learner) -> Callable[[Inputs], float]:
     projection: Any = cast(Any, model).get_output_embeddings()
     known = {id(p) for p in (*base.parameters(), projection.weight)}
     head = sum(p.numel() for p in model.parameters() if p.ndim > 1 and id(p) not in known) + projection.weight.numel()
+    head = head if learner.pretrain.mlm.weight else 0
     windows = list_windows(config)
 
     def count(inputs: Inputs) -> float:
