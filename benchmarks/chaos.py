@@ -29,7 +29,7 @@ from job import list_family
 from tiny import make_job, start_raylab, write_job, write_tiny_notes
 
 from raylab.job.specs import Job
-from raylab.results.tables import list_names, read_pieces
+from raylab.results.tables import OF_A_RUN, list_names, read_pieces
 
 KINDS = ("driver", "driver_and_children", "trial", "raylet")
 MARKS = {"trial": b"ray::ImplicitFunc", "raylet": b"raylet/raylet"}
@@ -306,7 +306,7 @@ def read_table(results: Path, job: str, table: str) -> Rows:
 
 def plain(row: dict[str, Any]) -> dict[str, Any]:
     """What of a row must be that of an unbroken run."""
-    waited = {"value"} if row.get("metric") == "train_data_seconds" else set()
+    waited = {"value"} if row.get("metric") in OF_A_RUN else set()
     return {name: value for name, value in row.items() if name not in UNLIKE | waited}
 
 

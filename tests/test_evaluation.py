@@ -11,7 +11,7 @@ from raylab.evaluation import cells, evaluation
 from raylab.evaluation.draws import list_draws
 from raylab.evaluation.finetune import Tuning
 from raylab.measures.scores import METRICS
-from raylab.results.tables import read_rows, read_trial
+from raylab.results.tables import OF_A_RUN, read_rows, read_trial
 from raylab.runs.trial import run_trial
 from raylab.store.stages import FOLDER, read_info
 from raylab.training.embedding import embed
@@ -46,7 +46,7 @@ def read_values(spec, folder):
         return repr({name: value for name, value in row.items() if name != "train_seconds"})
 
     rows = {table: read_rows(folder, spec.job, table, spec.trial_id) for table in TABLES}
-    rows["curves"] = [row for row in rows["curves"] if row["metric"] != "train_data_seconds"]
+    rows["curves"] = [row for row in rows["curves"] if row["metric"] not in OF_A_RUN]
     return {table: [plain(row) for row in found] for table, found in rows.items()}
 
 

@@ -50,10 +50,10 @@ def test_feed_is_the_steps_in_order(objective, make_spec):
         parts = tuple(((batch,), False) for batch in batches)
         for ours, theirs in zip(flatten(one.parts), flatten(parts), strict=True):
             assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
-        assert one.selected == sum(len(part.targets) for part in inputs)
+        assert one.counts[0] == sum(len(part.targets) for part in inputs)
         assert one.flops == step.num_tokens
         known = [0 if data.categories is None else int((data.categories[part.rows] >= 0).sum()) for part in inputs]
-        assert one.categories == sum(known)
+        assert one.counts[1] == sum(known)
         assert one.negatives == (None if objective == "cross_entropy" else pytest.approx(count_negatives(batches)))
 
 
@@ -84,7 +84,7 @@ def test_workers_share_a_part_by_tokens(objective, size, make_spec):
     spec = make_spec(objective, {"pretrain.batch_tokens": 6000, "pretrain.accumulation": 2})
     alone = next(steps_of(spec, Place(0, 0), 1))
     fed = [next(steps_of(spec, Place(0, 0), 1, World(rank, size, lambda value: value))) for rank in range(size)]
-    assert sum(one.selected for one in fed) == alone.selected
+    assert sum(one.counts for one in fed).tolist() == alone.counts.tolist()
     assert sum(one.flops for one in fed) == alone.flops == alone.step.num_tokens
     for part, whole in enumerate(alone.parts):
         assert len(whole.chunks[0].input_ids) == pytest.approx(3000, rel=0.05)
@@ -121,7 +121,7 @@ def test_chunks_are_the_units_of_a_share(objective, make_spec):
     for rank in range(2):
         world = World(rank, 2, lambda value: value)
         whole, cut = (next(steps_of(spec, Place(0, 3), 1, world, chunk_tokens=most)) for most in (None, 250))
-        assert (whole.selected, whole.categories, whole.flops) == (cut.selected, cut.categories, cut.flops)
+        assert (whole.counts.tolist(), whole.flops) == (cut.counts.tolist(), cut.flops)
         for part, chunked in zip(whole.parts, cut.parts, strict=True):
             assert (part.chunked, chunked.chunked) == (False, True)
             assert len(chunked.chunks) > 1

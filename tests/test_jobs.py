@@ -303,6 +303,22 @@ def test_a_geometry_target_that_is_measured_nowhere_is_refused() -> None:
     assert "evaluate.geometry.neighbours is empty" in caught.value.problems[0]
 
 
+def test_a_step_needs_room_for_its_largest_text_or_document_alone() -> None:
+    spans = {"num_anchors": 2, "num_positives": 3, "max_span": 30, "min_span": 8}
+    for objective, block, largest in (("mlm", {}, 64), ("declutr", {"declutr": spans}, 2 * (1 + 3) * (30 + 2))):
+        pretrain = {"objective": objective, "accumulation": 8, "num_tokens": 100_000, **block}
+        for tokens in (largest - 1, largest):
+            raw = vary(
+                corpus={"max_length": 64}, pretrain=pretrain | {"batch_tokens": tokens}, resources={"workers": 4},
+                evaluate={"retrieval": {"span": 16}},
+            )  # fmt: skip
+            if tokens == largest:
+                check_job(raw)
+                continue
+            with pytest.raises(JobError, match=rf"^pretrain\.batch_tokens: {tokens} must be {largest} or more"):
+                check_job(raw)
+
+
 def test_every_setting_is_read_outside_the_models() -> None:
     """By its attribute name or its whole dotted name; specs and settings don't count."""
     names: set[str] = set()

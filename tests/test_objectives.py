@@ -30,9 +30,9 @@ EXACT = {
 NUM_STEPS = 3
 CONTRASTIVE = ("declutr", "supervised_contrastive")
 PARTS = {"pretrain.accumulation": 2}
-# Steps of less than a unit for each worker in each part; chunks of less than a share.
+# Steps of less than a unit for each worker in each part; chunks of a document or two texts, of which shares hold some.
 SMALL = {"pretrain.batch_tokens": 260, "pretrain.accumulation": 4, "pretrain.num_tokens": 4000}
-CHUNKS = {"resources": {"chunk_tokens": 250}}
+CHUNKS = {"resources": {"chunk_tokens": 130}}
 
 
 def test_every_objective_is_tested():
@@ -198,7 +198,7 @@ def train_steps(spec, world=ALONE, *, begun=None, num=NUM_STEPS, keep=None):
         "curve": {
             (point["step"], point["metric"]): point["value"]
             for point in progress.curves
-            if point["metric"] != "train_data_seconds"
+            if point["metric"] not in OF_A_RUN
         },
         "progress": (progress.tokens, progress.epoch, progress.position, progress.ahead, progress.flops),
     }

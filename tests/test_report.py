@@ -71,6 +71,17 @@ def test_the_page_has_a_section_a_subject_and_needs_nothing_else(report):
         assert (report / link).stat().st_size > 0
 
 
+def test_the_cost_tells_how_fast_arms_trained(results, report):
+    """Of the arm that trained, the mean over seeds of the median of its curve; of the other nothing."""
+    sql = "select median(value) as v from curves where metric = '{}' group by job, trial_id order by trial_id"
+    by_name = {row["label"]: row for row in read_csv(report / "tables" / "cost.csv")}
+    for column, metric in (("tokens_per_second", "train_tokens_per_second"), ("mfu", "train_mfu")):
+        values = query(results, sql.format(metric)).column("v").to_pylist()
+        assert len(values) == 3
+        assert float(by_name["objective=mlm"][column]) == pytest.approx(sum(values) / 3)
+        assert by_name["objective=none"][column] == ""
+
+
 def test_every_figure_is_drawn_and_told(report):
     pictures = re.findall(r'<img src="data:(image/[a-z+]+);base64,([^"]+)"[^>]* alt="([^"]+)"', read_page(report))
     assert (

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from raylab.results.queries import open_tables
 from raylab.results.ranking import list_cells, rank_arms
+from raylab.results.tables import OF_A_RUN
 from raylab.runs.preparation import name_point, prepare
 from raylab.runs.progress import SweepProgress
 from raylab.runs.sweep import run_job
@@ -45,7 +46,7 @@ def run(job, results):
         ).fetchall(),
         "geometry": connection.execute("select * exclude (job) from geometry order by all").fetchall(),
         "curves": connection.execute(
-            "select * exclude (job) from curves where metric <> 'train_data_seconds' order by all"
+            f"select * exclude (job) from curves where metric not in {OF_A_RUN} order by all"
         ).fetchall(),
         "trials": connection.execute(
             "select trial_id, arm, status, target_values, data_digest from trials order by all"

@@ -265,7 +265,7 @@ class Pretrain(Model):
     objective: Literal["none", "mlm", "declutr", "metadata"] = "mlm"
     num_tokens: int = Field(1_000_000, ge=1, description="non-padding tokens entering the encoder, positives included")
     rungs: int = Field(1, ge=1, le=100, description="checkpoints and evaluations on the way, evenly spaced in tokens")
-    batch_tokens: int = Field(8192, ge=16, description="tokens an optimiser step, over all workers")
+    batch_tokens: int = Field(8192, ge=16, description="tokens an optimiser step at most, over all workers")
     accumulation: int = Field(1, ge=1, description="parts a step is cut into; contrastive negatives stay within a part")
     learning_rate: Positive = 5e-5
     weight_decay: float = Field(0.1, ge=0)

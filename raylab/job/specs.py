@@ -155,7 +155,13 @@ class Resources(Model):
         1, ge=1, description="2 or more: through Ray Train they share pre-training and large fine-tuned cells"
     )
     cpus_per_worker: int = Field(1, ge=1)
-    gpus_per_worker: float | None = Field(None, ge=0, description="null: 1 where the cluster has GPUs, else 0")
+    gpus_per_worker: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="under 1: so many trials share a GPU, each with its part of the memory; null: 1 where the cluster "
+        "has GPUs, else 0",
+    )
     max_concurrent_trials: int | None = Field(None, ge=1, description="null: as many as fit")
     compile: Literal["auto", "always", "never"] = Field(
         "auto", description="pre-training on GPUs by torch.compile; auto: where it lasts long enough to pay"
@@ -166,6 +172,15 @@ class Resources(Model):
         description="pre-training: tokens that pass through the encoder at once on a worker (a document's spans stay "
         "together), for steps larger than memory with all their negatives: gradient caching; null: its whole share",
     )
+
+    @model_validator(mode="after")
+    def _whole_gpus(self) -> Self:
+        if self.workers > 1 and 0 < (self.gpus_per_worker or 0) < 1:
+            raise ValueError(
+                "several 'workers' need whole GPUs, since NCCL joins no two on one; set 'gpus_per_worker' to 1, or "
+                "'workers' to 1"
+            )
+        return self
 
 
 class Job(Model):

@@ -61,7 +61,7 @@ def _hide_small(row: Row) -> Row:
 
 def tell_cost(study: Study) -> Section:
     """What the job took, by arm, and what shared stages saved."""
-    connection = open_tables(study.results, "trials stages", study.job.name)
+    connection = open_tables(study.results, "trials stages curves", study.job.name)
     found = ask(
         connection,
         f"""
@@ -69,11 +69,16 @@ def tell_cost(study: Study) -> Section:
             sum(t.wall_seconds) as wall_seconds, sum(t.gpu_seconds) as gpu_seconds,
             sum(t.num_tokens)::bigint as tokens, sum(t.flops) as flops, coalesce(sum(u.stages), 0)::bigint as stages,
             coalesce(sum(u.reused), 0)::bigint as reused, coalesce(sum(u.saved), 0.0) as saved_seconds,
-            max(t.peak_memory_bytes) as peak_memory_bytes
+            max(t.peak_memory_bytes) as peak_memory_bytes, avg(c.tokens_per_second) as tokens_per_second,
+            avg(c.mfu) as mfu
         from trials t left join (
             select trial_id, count(*) as stages, count(*) filter (where reused) as reused, sum(saved_seconds) as saved
             from stages where job = $1 group by trial_id
-        ) u using (trial_id)
+        ) u using (trial_id) left join (
+            select trial_id, median(value) filter (where metric = 'train_tokens_per_second') as tokens_per_second,
+                median(value) filter (where metric = 'train_mfu') as mfu
+            from curves where job = $1 group by trial_id
+        ) c using (trial_id)
         where t.job = $1 and t.arm not like '{BASELINE}%' group by t.arm order by wall_seconds desc, t.arm
         """,
         [study.job.name],
@@ -116,12 +121,17 @@ def tell_cost(study: Study) -> Section:
     ]
     columns = {
         "label": "arm", "trials": "trials", "wall_seconds": "seconds", "gpu_seconds": "GPU seconds",
-        "tokens": "tokens", "flops": "FLOPs", "reused": "stages reused", "saved_seconds": "seconds saved",
+        "tokens": "tokens", "flops": "FLOPs", "tokens_per_second": "tokens/s", "mfu": "MFU",
+        "reused": "stages reused", "saved_seconds": "seconds saved",
     }  # fmt: skip
     parts: list[Part] = [Table("states", "Trials by phase and state", states)]
     if kinds:
         parts.append(Table("stages", "Stages by kind: used, reused, seconds", kinds))
     parts.append(Table("cost", "Arms by trial time", rows, columns, shown=10))
+    parts.append(
+        "Tokens/s of pre-training: the median over the points of a curve. MFU: needed FLOPs a second, as a share of "
+        "what the device reaches in a large matrix product."
+    )
     return Section("cost", "Cost, and what reuse saved", lead, parts)
 
 

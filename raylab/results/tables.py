@@ -90,6 +90,12 @@ SCHEMAS: dict[str, pa.Schema] = {
     "unseals": pa.schema({"job": _text, "trial_id": _text, "at": _time, "by": _text, "reason": _text}),
 }  # fmt: skip
 
+# Metrics of `curves` that are of a run, not of its trial: how fast it went and what it took, on that machine.
+OF_A_RUN = (
+    *("train_data_seconds", "train_tokens_per_second", "train_mfu", "train_peak_memory_gb"),
+    *("train_padding", "train_attention_padding"),
+)
+
 
 def now() -> datetime:
     """The time, as tables hold it."""

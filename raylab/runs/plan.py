@@ -23,6 +23,7 @@ from raylab.job.specs import ADAPTIVE, Choices, Job, TrialSpec
 from raylab.results.tables import list_trials
 from raylab.runs.hygiene import check_corpus, print_hygiene
 from raylab.runs.preparation import Preparation, make_spec, name_point, prepare
+from raylab.runs.rates import Work, plan_time, share_work, tell_time
 from raylab.statistics.analysis import count_family
 from raylab.statistics.comparisons import count_least_seeds, find_smallest_p
 from raylab.store.stages import FOLDER, open_stage, peek_stage, read_info
@@ -62,6 +63,7 @@ def _plan_arms(preparation: Preparation) -> dict[str, Any]:
         trials = count_trials(job, arms)
         needed = trials if possible_values(job, "pretrain.objective") != {"none"} else 0
         pretrainings, found, tokens = needed, 0, needed * job.pretrain.num_tokens
+        work = share_work(job, tokens)
     else:
         points: list[dict[str, Any]] = []
         known: set[str] = set()
@@ -78,13 +80,14 @@ def _plan_arms(preparation: Preparation) -> dict[str, Any]:
         trials = count_trials(job, arms)
         needed, chains = _plan_pretrainings(preparation, points)
         pretrainings, found = len(chains), sum(there for there, _ in chains.values())
-        tokens = sum(size for there, size in chains.values() if not there)
+        work = [part for there, part in chains.values() if not there]
+        tokens = sum(part.longest for part in work)
     done = [
         row
         for row in list_trials(results, job.name)
         if row["status"] == "complete" and not row["arm"].startswith("baseline")
     ]
-    rate, weights = _measured_rate(results, job.name), _weight_bytes(job, preparation)
+    weights = _weight_bytes(job, preparation)
     rungs, running = job.pretrain.rungs, job.resources.max_concurrent_trials or 1
     return {
         "arms": arms,
@@ -99,10 +102,8 @@ def _plan_arms(preparation: Preparation) -> dict[str, Any]:
         "disk_bytes": weights * (pretrainings * rungs + 2 * running),
         "disk_kept_bytes": weights * pretrainings * (rungs if job.limits.checkpoints == "all" else 1),
         "disk_free_bytes": shutil.disk_usage(next(p for p in (results, *results.parents) if p.exists())).free,
-        "tokens_per_second": rate,
-        "hours": tokens / rate / 3600 if rate else None,
         "cant_work": infeasible,
-    }
+    } | plan_time(preparation, work, trials - len(done))
 
 
 def plan_comparisons(job: Job) -> dict[str, Any]:
@@ -145,9 +146,9 @@ def tell_comparisons(found: Mapping[str, Any]) -> str | None:
 
 def _plan_pretrainings(
     preparation: Preparation, points: list[dict[str, Any]]
-) -> tuple[int, dict[tuple[str, int], tuple[bool, int]]]:
-    """How many trials need a pre-training; and each that is needed once: whether it is there, and its tokens."""
-    chains: dict[tuple[str, int], tuple[bool, int]] = {}
+) -> tuple[int, dict[tuple[str, int], tuple[bool, Work]]]:
+    """How many trials need a pre-training; and each that is needed once: whether it is there, and its work."""
+    chains: dict[tuple[str, int], tuple[bool, Work]] = {}
     job, needed = preparation.job, 0
     for values in points:
         _, arm_job = name_point(preparation, values)
@@ -163,7 +164,8 @@ def _plan_pretrainings(
                 if not job.corpus.split.vary or seed == job.search.seeds[0]:  # else its tokens would have to be made
                     last = list_rungs(make_spec(preparation, values, seed, "fixed"))[-1]
                     known = peek_stage(preparation.results, last.stage_id) is not None
-                chains[key] = (known, arm_job.pretrain.num_tokens)
+                size = arm_job.pretrain.num_tokens
+                chains[key] = (known, Work(arm_job, values, size, size))
     return needed, chains
 
 
@@ -177,15 +179,6 @@ def _weight_bytes(job: Job, preparation: Preparation) -> int:
     start = make_spec(preparation, {}, job.search.seeds[0], "fixed").encoder_path
     files = Path(start or "").glob("*.safetensors") if start and Path(start).is_dir() else ()
     return sum(file.stat().st_size for file in files)
-
-
-def _measured_rate(results: Path, name: str) -> float | None:
-    """Tokens a second of pre-training, from this job's own trials; None before any has run."""
-    rates = []
-    for row in list_trials(results, name):
-        if row["status"] == "complete" and row["num_tokens"] and row["attempts"] == 1 and row["wall_seconds"]:
-            rates.append(row["num_tokens"] / row["wall_seconds"])
-    return float(np.median(rates)) if rates else None
 
 
 def _plan_states(preparation: Preparation, base: TrialSpec) -> dict[str, Any]:
@@ -338,16 +331,13 @@ def print_plan(found: Mapping[str, Any], console: Console) -> None:
         f"{found['tokens']:,} tokens to train on",
         highlight=False,
     )
-    hours = (
-        f"about {found['hours']:.1f} trial hours"
-        if found["hours"]
-        else "no trial has run yet: no rate to tell the time"
-    )
     console.print(
         f"checkpoints: up to {found['disk_bytes'] / 1e9:.2f} GB while it runs, {found['disk_kept_bytes'] / 1e9:.2f} GB "
-        f"kept, of {found['disk_free_bytes'] / 1e9:.0f} GB free; {hours}",
+        f"kept, of {found['disk_free_bytes'] / 1e9:.0f} GB free",
         highlight=False,
     )
+    for line in tell_time(found):
+        console.print(line, highlight=False)
     if found["state_bytes"]:
         console.print(
             f"hidden states at freeze depths: {found['state_bytes'] / 1e9:.2f} GB an evaluated encoder, kept until the "

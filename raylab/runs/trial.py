@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from threadpoolctl import threadpool_limits
 from torch import nn
@@ -69,9 +70,7 @@ def run_trial(spec: TrialSpec, *, decide: Decide = go_on, world: World = ALONE) 
         elapsed = time.perf_counter() - started
         row.update(changes, status=status, updated_at=now(), peak_memory_bytes=read_peak(choose_device()))
         row["wall_seconds"] = spent["wall_seconds"] + elapsed
-        wanted = spec.settings.resources.gpus_per_worker
-        gpus = (1.0 if wanted is None else wanted) * world.size if torch.cuda.is_available() else 0.0
-        row["gpu_seconds"] = spent["gpu_seconds"] + elapsed * gpus
+        row["gpu_seconds"] = spent["gpu_seconds"] + elapsed * _count_gpus(spec)
         if world.rank == 0:
             _check_driver(spec)
             used.write()
@@ -98,9 +97,25 @@ def run_trial(spec: TrialSpec, *, decide: Decide = go_on, world: World = ALONE) 
         raise
     except Exception as error:
         if find_storage_problem(error) is None:
-            record("failed", error=describe_error(error, "'raylab run JOB.yaml --here --debug' shows more"))
+            record("failed", error=describe_error(error, _tell_more(error, spec)))
         raise
     return row
+
+
+def _count_gpus(spec: TrialSpec) -> float:
+    """GPUs that the trial holds, over all its workers."""
+    resources = spec.settings.resources
+    share = 1.0 if resources.gpus_per_worker is None else resources.gpus_per_worker
+    return share * resources.workers if torch.cuda.is_available() else 0.0
+
+
+def _tell_more(error: BaseException, spec: TrialSpec) -> str:
+    if not isinstance(error, torch.OutOfMemoryError):
+        return "'raylab run JOB.yaml --here --debug' shows more"
+    share = spec.settings.resources.gpus_per_worker
+    if share is not None and share < 1:
+        return f"resources.gpus_per_worker: {share:g} of the GPU's memory is full; set more, or lower batch_tokens"
+    return "the GPU's memory is full: lower batch_tokens, or raise pretrain.accumulation"
 
 
 def _check_driver(spec: TrialSpec) -> None:
@@ -128,7 +143,7 @@ class Used:
                     "kind": stage.kind,
                     "reused": stage.reused,
                     "wall_seconds": stage.wall_seconds,
-                    "gpu_seconds": stage.wall_seconds if torch.cuda.is_available() else 0.0,
+                    "gpu_seconds": stage.wall_seconds * _count_gpus(self.spec),
                     "saved_seconds": stage.saved_seconds,
                 }
 
@@ -297,4 +312,6 @@ def describe_code() -> str:
 def set_threads(cpus: int) -> None:
     """As many threads as the trial has CPUs: two trials on two cores don't fight, and sums keep their order."""
     torch.set_num_threads(cpus)
+    # BLAS and OpenMP of NumPy, SciPy and scikit-learn: all loaded by now, and a trial loads no more.
     threadpool_limits(cpus)
+    pa.set_cpu_count(cpus)

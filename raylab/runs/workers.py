@@ -3,6 +3,7 @@
 import errno
 import os
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from ray import train, tune
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from raylab.base.memory import share_memory
 from raylab.base.mistakes import (
     BusyError,
     JobError,
@@ -42,11 +44,15 @@ def gpus_per_worker(job: Job) -> float:
 
 def count_slots(job: Job, gpus: float) -> int:
     """How many trials fit on the nodes as they are now, with `gpus` for each worker."""
-    needs = {"CPU": job.resources.cpus_per_worker, "GPU": gpus}
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    # A worker needs all of it on one node; the workers of a trial may be on several.
-    workers = sum(min(int(node.get(name, 0) / need) for name, need in needs.items() if need) for node in nodes)
-    return workers // job.resources.workers
+    return sum(count_workers(node, job.resources.cpus_per_worker, gpus) for node in nodes) // job.resources.workers
+
+
+def count_workers(node: Mapping[str, float], cpus: int, gpus: float) -> int:
+    """How many workers fit on a node with such resources: all of one on the node, of a part of a GPU on one GPU."""
+    fit = int(node.get("CPU", 0) / cpus)
+    # Ray counts in ten thousandths.
+    return min(fit, int(node.get("GPU", 0)) * int(1 / gpus + 1e-3)) if gpus else fit
 
 
 def check_fit(job: Job) -> None:
@@ -117,6 +123,7 @@ def tune_trial(config: dict[str, Any]) -> None:
             _train_with_workers(spec)
         else:
             set_threads(spec.settings.resources.cpus_per_worker)
+            share_memory(gpus_per_worker(spec.settings))
             run_trial(spec, decide=decide)
     except Exception as error:
         causes = {type(cause).__name__ for cause in list_causes(error)}

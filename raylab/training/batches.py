@@ -24,6 +24,7 @@ Ints = NDArray[np.int64]
 AHEAD, BEHIND = 32, 16
 # Each two of the units ahead; the place after the last stands for none.
 PAIRS = np.triu_indices(AHEAD + 1, 1)
+# Units whose costs are found at once.
 BLOCK = 256
 # Above any text in tokens: a piece is named by its row and first token, so that other rows change no mask of it.
 LONGEST_TEXT = 2**32

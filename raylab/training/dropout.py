@@ -71,7 +71,11 @@ def draw_keys(seed: int, num: int) -> Tensor:
 
 def seed_dropout(keys: Tensor | None, seed: int) -> None:
     """Decides the next pass's dropout: torch's own, and the hashed one of `keys`."""
-    torch.manual_seed(seed)
+    if keys is None or not keys.is_cuda:
+        torch.manual_seed(seed)
+    else:
+        # Not for every kind of device that torch knows: of those that aren't there it keeps each call and its stack.
+        torch.cuda.manual_seed(seed)
     if keys is not None:
         drawn = draw_keys(seed, len(keys))
         keys.copy_(drawn.pin_memory() if keys.is_cuda else drawn, non_blocking=True)

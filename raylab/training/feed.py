@@ -28,14 +28,16 @@ class Part(NamedTuple):
 class Fed(NamedTuple):
     """A worker's share of a step: its parts, on the CPU, and counts over them.
 
-    Masked tokens, texts with a category, and what `count_flops` counts. Over all workers, `negatives` are those of a
-    contrastive loss, mean a point; None without one. `waited` is in seconds.
+    `counts` float32 [2] are masked tokens and texts with a category; `slots` and `attended` the token slots that pass
+    through the layers and through attention, padding included; `flops` what `count_flops` counts. Over all workers,
+    `negatives` are those of a contrastive loss, mean a point; None without one. `waited` is in seconds.
     """
 
     step: Step
     parts: tuple[Part, ...]
-    selected: int
-    categories: int
+    counts: Tensor
+    slots: int
+    attended: int
     flops: float
     negatives: float | None
     waited: float
@@ -105,6 +107,11 @@ def _count_others(categories: Ints) -> tuple[int, int]:
     return int(counts.sum()), int((counts * (counts.sum() - counts)).sum())
 
 
+def _count_attended(batch: Batch) -> int:
+    padding = batch.layout.bounds.padding
+    return len(batch.input_ids) if padding is None else len(padding.slots)
+
+
 def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return change(value)
@@ -171,11 +178,16 @@ def feed(
             found = count_negatives(step.units[part]) if contrastive else (0, 0)
             points, negatives = points + found[0], negatives + found[1]
         batches = tuple(batch for part in parts for batch in part.chunks)
+        counted = torch.tensor(
+            [sum(len(batch.targets) for batch in batches), sum(len(batch.known) for batch in batches)],
+            dtype=torch.float32,
+        )
         return Fed(
             step,
             pin(tuple(parts)) if pinned else tuple(parts),
-            sum(len(batch.targets) for batch in batches),
-            sum(len(batch.known) for batch in batches),
+            pin(counted) if pinned else counted,
+            sum(len(batch.input_ids) for batch in batches),
+            sum(_count_attended(batch) for batch in batches),
             sum(count_flops(inputs) for inputs in built),
             negatives / max(points, 1) if contrastive else None,
             0.0,

@@ -1,11 +1,12 @@
 """The training loop of pre-training: steps of a fixed number of tokens, AdamW, and checkpoints without pickle."""
 
 import json
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,20 +15,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from raylab.base.memory import read_lap, start_lap
 from raylab.base.mistakes import JobError
 from raylab.base.noise import derive_seed
 from raylab.base.world import ALONE, World
 from raylab.data.tokens import TokenStore, Vocabulary
 from raylab.job.blocks import Pretrain
 from raylab.job.specs import Resources, TrialSpec
-from raylab.training.batches import Inputs, Place, Units
+from raylab.training.batches import Place, Units
 from raylab.training.cache import cache_gradients
 from raylab.training.compilation import can_compile, compile_encoder, pays, round_norms
 from raylab.training.dropout import quicken, replace_dropout, seed_dropout
 from raylab.training.encoder import choose_device, is_half, load_encoder, precision, save_encoder
-from raylab.training.feed import Fed, Part, Rows, feed, move, pin
+from raylab.training.feed import Fed, Part, Rows, feed, move
 from raylab.training.objectives import Learner, Totals, is_contrastive, loss_weights
 from raylab.training.packing import fits_kernel
+from raylab.training.speed import count_weights, describe_speed, flop_counter, measure_peak
 
 CURVE_POINTS = 50
 # Gradients that travel at once, in MB: a compiled encoder is cut where they end, and every cut costs the host time.
@@ -47,8 +50,8 @@ class NotFiniteError(ArithmeticError):
 class Progress:
     """How far a trial's pre-training is; with the weights and optimiser all that going on needs.
 
-    Random states are no part of it: every draw is a function of the seed and the step or epoch. `sums`, `num_summed`
-    and `data_seconds` are since the last point of the curves.
+    Random states are no part of it: every draw is a function of the seed and the step or epoch. `sums`, `num_summed`,
+    `data_seconds` and `spent`, what `speed.describe_speed` takes, are since the last point of the curves.
     """
 
     step: int = 0
@@ -60,6 +63,7 @@ class Progress:
     sums: dict[str, float] = field(default_factory=dict)
     num_summed: int = 0
     data_seconds: float = 0.0
+    spent: dict[str, float] = field(default_factory=dict)
     curves: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -149,7 +153,7 @@ def prepare_encoder(learner: Learner, resources: Resources, world: World) -> Non
         raise JobError(
             ["resources.compile: 'always' needs bf16, an Ampere GPU, Triton and a C compiler; use 'auto' or 'never'"]
         )
-    flops = 6.0 * count_weights(learner) * pretrain.num_tokens / world.size
+    flops = 6.0 * count_weights(learner.encoder) * pretrain.num_tokens / world.size
     if not able or wanted == "never" or (wanted == "auto" and not pays(flops, pretrain.num_tokens // world.size)):
         return
     learner.dropout = replace_dropout(learner.encoder.base_model)  # type: ignore[arg-type]
@@ -180,19 +184,27 @@ def save_training(training: Training, tokenizer: Path, folder: Path, *, last: bo
 class Meter:
     """What steps measure, summed on the device until it is read, once: reading makes the host wait.
 
-    With several workers, each sums its share.
+    With several workers, each sums its share. `peak` is this worker's `measure_peak`; the clock runs from here on.
     """
 
-    def __init__(self, progress: Progress, world: World) -> None:
-        self.progress, self.world = progress, world
+    def __init__(self, progress: Progress, world: World, device: torch.device, peak: float) -> None:
+        self.progress, self.world, self.device = progress, world, device
         # One worker goes on from what `progress` holds, so that the sum over workers does.
-        self.before = dict(progress.sums) if world.rank == 0 else {}
-        self.host = [progress.flops, progress.data_seconds] if world.rank == 0 else [0.0, 0.0]
+        first = world.rank == 0
+        self.before = dict(progress.sums) if first else {}
+        self.host = {"flops": progress.flops, "data_seconds": progress.data_seconds}
+        self.host |= {name: progress.spent.get(name, 0.0) for name in ("needed", "slots", "attended")}
+        if not first:
+            self.host = dict.fromkeys(self.host, 0.0)
+        self.host["peak"] = peak
         self.names: list[str] = []
         self.sums = self.finite = self.num_finite = torch.zeros(0)
         self.tokens: list[int] = []
+        self.num_tokens = 0
+        start_lap(device)
+        self.began = time.perf_counter()
 
-    def add(self, values: Mapping[str, Tensor], flops: float, waited: float, tokens: int) -> None:
+    def add(self, values: Mapping[str, Tensor], fed: Fed, tokens: int) -> None:
         """A step's losses and gradient norm, scalars, after `tokens` of the steps before it."""
         found = torch.stack([value.double() for value in values.values()])
         if not self.tokens:
@@ -205,34 +217,44 @@ class Meter:
         # Counts the steps before the first that is not finite.
         self.finite = self.finite & found.isfinite().all()
         self.num_finite = self.num_finite + self.finite
-        self.host[0] += flops
-        self.host[1] += waited / self.world.size
+        for name, value in (("flops", fed.flops), ("needed", fed.flops), ("slots", fed.slots),
+                            ("attended", fed.attended), ("data_seconds", fed.waited / self.world.size)):  # fmt: skip
+            self.host[name] += value
         self.tokens.append(tokens)
+        self.num_tokens += fed.step.num_tokens
 
     def read(self) -> None:
         """Brings `progress` up to date. Raises NotFiniteError, in all workers alike."""
         if not self.tokens:
             return
-        num_finite = self.num_finite
-        sums = torch.cat([self.sums, torch.tensor(self.host, dtype=torch.float64).to(self.sums.device)])
+        progress, spent = self.progress, self.progress.spent
+        sums = torch.cat([self.sums, torch.tensor(list(self.host.values()), dtype=torch.float64).to(self.sums.device)])
+        # The least of all workers: the first step that is not finite, and the highest peak of memory.
+        least = torch.stack([self.num_finite, torch.full_like(self.num_finite, -read_lap(self.device))])
         if self.world.size > 1:
             torch.distributed.all_reduce(sums)
-            torch.distributed.all_reduce(num_finite, torch.distributed.ReduceOp.MIN)
-        *losses, flops, waited = sums.tolist()
-        if (good := int(num_finite)) < len(self.tokens):
-            step = self.progress.step - len(self.tokens) + good + 1
+            torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
+        found = dict(zip([*self.names, *self.host], sums.tolist(), strict=True))
+        good, memory = least.tolist()
+        now = time.perf_counter()
+        if good < len(self.tokens):
+            step = progress.step - len(self.tokens) + good + 1
             raise NotFiniteError(
                 f"loss or gradient not finite at step {step} ({self.tokens[good]} tokens): "
                 "lower pretrain.learning_rate or raise warmup_fraction"
             )
-        self.progress.sums |= dict(zip(self.names, losses, strict=True))
-        self.progress.flops, self.progress.data_seconds = flops, waited
+        progress.sums |= {name: found[name] for name in self.names}
+        progress.flops, progress.data_seconds = found["flops"], found["data_seconds"]
+        progress.spent = {
+            "seconds": spent.get("seconds", 0.0) + now - self.began,
+            "tokens": spent.get("tokens", 0.0) + self.num_tokens,
+            "memory": max(spent.get("memory", 0.0), -memory),
+        } | {name: found[name] for name in ("needed", "slots", "attended", "peak")}
 
 
 def _sum_counts(fed: Fed, world: World, device: torch.device) -> tuple[Tensor, Tensor]:
     """Masked tokens and texts with a category of a whole step, on the device."""
-    told = torch.tensor([fed.selected, fed.categories], dtype=torch.float32)
-    counts: Tensor = move(pin(told) if device.type == "cuda" else told, device)
+    counts: Tensor = move(fed.counts, device)
     if world.size > 1:
         torch.distributed.all_reduce(counts)
     selected, categories = counts.unbind()
@@ -266,7 +288,9 @@ def train(
         )
     learner.train()
     weights = loss_weights(pretrain)
-    meter = Meter(progress, world)
+    with precision(device, half):
+        peak = measure_peak(device)
+    meter = Meter(progress, world, device, peak)
     capacity = None
     if learner.dropout is not None:
         share = -(-pretrain.batch_tokens // (pretrain.accumulation * world.size))
@@ -298,7 +322,7 @@ def train(
         values["gradient_norm"] = nn.utils.clip_grad_norm_(learner.parameters(), pretrain.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        meter.add(values, fed.flops, fed.waited, progress.tokens)
+        meter.add(values, fed, progress.tokens)
         progress.step += 1
         before, progress.tokens = progress.tokens, progress.tokens + step.num_tokens
         progress.epoch, progress.position, progress.ahead = step.after.epoch, step.after.position, [*step.after.ahead]
@@ -310,10 +334,10 @@ def train(
         if before // point < progress.tokens // point:
             meter.read()
             means = {name: value / progress.num_summed for name, value in sorted(progress.sums.items())}
-            means["data_seconds"] = progress.data_seconds
+            means |= describe_speed(progress.spent) | {"data_seconds": progress.data_seconds}
             _note(progress, {f"train_{name}": value for name, value in means.items()})
-            progress.sums, progress.num_summed, progress.data_seconds = {}, 0, 0.0
-            meter = Meter(progress, world)
+            progress.sums, progress.num_summed, progress.data_seconds, progress.spent = {}, 0, 0.0, {}
+            meter = Meter(progress, world, device, peak)
     meter.read()
 
 
@@ -353,27 +377,3 @@ def _backward(
                 sums[f"{name}_loss"] = sums.get(f"{name}_loss", 0.0) + value.detach().double()
     sums["loss"] = torch.stack([weights[name] * sums[f"{name}_loss"] for name in losses]).sum()
     return sums
-
-
-def count_weights(learner: Learner) -> int:
-    """Weights of an encoder without its embeddings: what each token is multiplied with."""
-    base = cast(nn.Module, learner.encoder.base_model)
-    return sum(p.numel() for name, p in base.named_parameters() if "embeddings" not in name)
-
-
-def flop_counter(learner: Learner) -> Callable[[Inputs], float]:
-    """Floating-point operations that a batch needs, forward and backward, padding left out.
-
-    A token costs 2 x the weights of the layers and, in attention, 4 x layers x hidden size x its text's length; a
-    masked token 2 x hidden size x vocabulary more; backward twice as much (Kaplan et al., arXiv 2001.08361, 2.1).
-    """
-    config: Any = learner.encoder.config
-    body = count_weights(learner)
-    layers, hidden, vocabulary = config.num_hidden_layers, config.hidden_size, config.vocab_size
-
-    def count(inputs: Inputs) -> float:
-        lengths = np.diff(inputs.offsets)
-        forward = 2.0 * body * lengths.sum() + 4.0 * layers * hidden * (lengths.astype(float) ** 2).sum()
-        return float(3 * (forward + 2.0 * hidden * vocabulary * len(inputs.targets)))
-
-    return count
