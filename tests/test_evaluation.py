@@ -15,7 +15,7 @@ from raylab.results.tables import OF_A_RUN, read_rows, read_trial
 from raylab.runs.trial import run_trial
 from raylab.store.stages import FOLDER, read_info
 from raylab.training.embedding import embed
-from raylab.training.encoder import load_encoder
+from raylab.training.encoder import choose_device, load_encoder
 from raylab.training.pretrain import open_data
 
 TABLES = ("scores", "confusions", "geometry", "curves")
@@ -153,11 +153,33 @@ def test_a_rerun_changes_nothing(full):
     again = run_trial(spec)
     assert read_values(spec, folder) == before
     assert (again["status"], again["attempts"], again["target_values"]) == ("complete", 2, row["target_values"])
-    for name in ("num_steps", "num_tokens", "num_documents", "flops", "started_at"):
+    for name in ("num_steps", "num_tokens", "num_documents", "flops", "precision", "started_at"):
         assert again[name] == row[name]
     # What the trial itself built stays its own work.
     kept = {stage["stage_id"]: stage["reused"] for stage in read_rows(folder, spec.job, "stages", spec.trial_id)}
     assert kept == {stage["stage_id"]: stage["reused"] for stage in stages}
+
+
+def test_rows_say_what_products_were_computed_in(full, make_spec, tmp_path):
+    """A narrow encoder stays in float32 by itself, on a processor; what is asked for is done, and told apart."""
+    assert full[1]["precision"] == ("bfloat16" if choose_device().type == "cuda" else "float32")
+    asked = {"pretrain.precision": "bfloat16", "evaluate.precision": "float32", "pretrain.rungs": 1}
+    trained = run_trial(make_spec("mlm", asked, folder=tmp_path))
+    assert trained["precision"] == "pretrain bfloat16, evaluate float32"
+    untrained = {"pretrain": None, "pretrain.objective": "none", "evaluate.precision": "bfloat16"}
+    assert run_trial(make_spec("mlm", untrained, folder=tmp_path))["precision"] == "bfloat16"
+    full_precision = run_trial(make_spec("mlm", asked | {"pretrain.precision": "float32"}, folder=tmp_path))
+    assert full_precision["precision"] == "float32"
+    curves = [
+        [
+            row["value"]
+            for row in read_rows(tmp_path, "tiny", "curves", row["trial_id"])
+            if row["metric"] == "train_loss"
+        ]
+        for row in (trained, full_precision)
+    ]
+    assert curves[0] != curves[1]
+    np.testing.assert_allclose(*curves, rtol=0.02)
 
 
 def test_the_same_in_another_folder(full, make_spec, tmp_path):

@@ -291,7 +291,9 @@ class FineTune(Model):
     head_learning_rate: Positive = Field(1e-3, description="of the head, constant")
     weight_decay: float = Field(0.01, ge=0, description="of matrices; biases and norms don't decay")
     hidden_size: int = Field(128, ge=1, description="width of the head's hidden layer (GELU)")
-    dropout: float = Field(0.1, ge=0, lt=1, description="of the head's hidden layer; layers keep the encoder's own")
+    dropout: float = Field(
+        0.1, ge=0, lt=1, description="of the head's hidden layer; layers keep the encoder's own, attention has none"
+    )
     class_weights: Literal["none", "balanced"] = Field(
         "none", description="balanced: a row counts rows / (classes x rows of its class); for logistic too"
     )
