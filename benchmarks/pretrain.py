@@ -62,7 +62,7 @@ def measure_data(objective: str, repeats: int) -> float:
 
 def compute_packed(learner: Learner, inputs: Inputs) -> Tensor:
     """The sum of the losses, as raylab computes them."""
-    batch = make_batch(inputs, None, kernel=False)
+    batch = make_batch(inputs, None)
     totals = Totals(torch.tensor(float(len(batch.targets))), torch.tensor(0.0), 1, 1)
     return torch.stack(list(learner(batch, totals).values())).sum()
 

@@ -13,8 +13,9 @@ from raylab.job.blocks import Pretrain
 from raylab.job.settings import OBJECTIVE_BLOCKS, dump_spec
 from raylab.job.specs import TrialSpec
 from raylab.results.tables import OF_A_RUN
+from raylab.store.stages import FOLDER
 from raylab.training.feed import make_batch
-from raylab.training.loop import load_training, train
+from raylab.training.loop import load_training, save_training, train
 from raylab.training.objectives import OBJECTIVES, Learner, Totals, loss_weights
 from raylab.training.pretrain import make_units, open_data, start_rung
 
@@ -28,7 +29,11 @@ EXACT = {
     "pretrain.mlm": {"weight": 0.5},
 }
 NUM_STEPS = 3
-IN_PARTS = ("mlm", "declutr", "supervised_contrastive")
+CONTRASTIVE = ("declutr", "supervised_contrastive")
+PARTS = {"pretrain.accumulation": 2}
+# Steps of less than a unit for each worker in each part; chunks of less than a share.
+SMALL = {"pretrain.batch_tokens": 260, "pretrain.accumulation": 4, "pretrain.num_tokens": 4000}
+CHUNKS = {"resources": {"chunk_tokens": 250}}
 
 
 def test_every_objective_is_tested():
@@ -48,7 +53,7 @@ def batches(make_spec):
         categories = None if data.categories is None else data.categories.copy()
         if categories is not None:
             categories[inputs.rows[2]] = -1
-        made[name] = (spec, learner, make_batch(inputs, categories, kernel=False))
+        made[name] = (spec, learner, make_batch(inputs, categories))
     return made
 
 
@@ -170,51 +175,86 @@ def test_head_has_the_categories(batches):
     assert isinstance(learner, Learner)
 
 
-def train_steps(spec, world=ALONE):
-    """Weights, AdamW's first moments (linear in the gradients) and curve after NUM_STEPS steps."""
+def train_steps(spec, world=ALONE, *, begun=None, num=NUM_STEPS, keep=None):
+    """Weights, AdamW's first moments (linear in the gradients) and curve after `num` steps.
+
+    `begun`: a folder with a training to go on with; `keep`: one to leave it in.
+    """
     data = open_data(spec)
-    folder = start_rung(spec, data).path
-    training = load_training(spec, data, folder, resume=False)
+    folder = begun or start_rung(spec, data).path
+    training = load_training(spec, data, folder, resume=begun is not None)
     pretrain, units = spec.settings.pretrain, make_units(spec, data)
-    for step in range(NUM_STEPS):
-        train(training, units, data, pretrain, spec.seed, training.progress.tokens + 1, world)
+    chunk_tokens = spec.settings.resources.chunk_tokens
+    for step in range(training.progress.step, num):
+        until = training.progress.tokens + 1
+        train(training, units, data, pretrain, spec.seed, until, world, chunk_tokens=chunk_tokens)
         assert training.progress.step == step + 1
+    if keep and world.rank == 0:
+        save_training(training, Path(spec.results) / FOLDER / spec.tokenizer, keep, last=False)
     named = dict(training.learner.named_parameters())
+    progress = training.progress
     return {
         "weights": {name: p.detach().clone() for name, p in named.items()},
         "moments": {name: training.optimizer.state[p]["exp_avg"].clone() for name, p in named.items()},
         "curve": {
             (point["step"], point["metric"]): point["value"]
-            for point in training.progress.curves
+            for point in progress.curves
             if point["metric"] not in OF_A_RUN
         },
-        "progress": (training.progress.tokens, training.progress.position, training.progress.flops),
+        "progress": (progress.tokens, progress.epoch, progress.position, progress.ahead, progress.flops),
     }
 
 
 def run_worker(rank, folder, specs):
-    """One of two processes, through all objectives."""
+    """One of four processes, the first two of which are before that all there are: by number of workers through
+    `specs`, of which one goes on from a step of one worker."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    found = {}
-    for name, spec in specs.items():
-        found[name] = train_steps(TrialSpec.model_validate_json(spec), World(rank, 2, lambda value: value))
-    torch.save(found, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+    for num, trials in specs.items():
+        if rank >= num:
+            continue
+        here, found, world = Path(folder) / str(num), {}, World(rank, num, lambda value: value)
+        dist.init_process_group("gloo", init_method=f"file://{here}/rendezvous", rank=rank, world_size=num)
+        for name, dumped in trials.items():
+            begun = here / "begun" if name == BEGUN else None
+            found[name] = train_steps(TrialSpec.model_validate_json(dumped), world, begun=begun)
+        train_steps(TrialSpec.model_validate_json(trials[BEGUN]), world, num=1, keep=here / "left")
+        torch.save(found, here / f"{rank}.pt")
+        dist.destroy_process_group()
+
+
+BEGUN = "declutr begun by one"
+MANY = {
+    **{name: (name, {}) for name in TESTED},
+    **{f"{name} in chunks": (name, {**PARTS, **CHUNKS}) for name in TESTED},
+    **{f"{name} of few units": (name, SMALL) for name in TESTED},
+    BEGUN: ("declutr", PARTS),
+}
+# By their number: all cases, or what the number may matter to.
+WORKERS = {2: list(MANY), 4: ["mlm", *(name for name in MANY if name.startswith(CONTRASTIVE) and " " in name)]}
 
 
 @pytest.fixture(scope="module")
-def two_workers(make_spec, tmp_path_factory):
-    """What two workers make of each objective; of some also with two parts a step, where negatives stay in a part."""
-    specs = {name: make_spec(name, EXACT) for name in TESTED}
-    for name in IN_PARTS:
-        specs[f"{name} in parts"] = make_spec(name, {**EXACT, "pretrain.accumulation": 2})
-    for spec in specs.values():
-        start_rung(spec, open_data(spec))
+def many_workers(make_spec, tmp_path_factory):
+    """By number of workers: what each of them makes of each case, and a folder with a step of the last case."""
     folder = tmp_path_factory.mktemp("workers")
-    dumped = {name: dump_spec(spec) for name, spec in specs.items()}
-    torch.multiprocessing.spawn(run_worker, (str(folder), dumped), nprocs=2)
-    return specs, [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    specs = {num: {name: make_case(make_spec, name) for name in names} for num, names in WORKERS.items()}
+    for num, trials in specs.items():
+        for spec in trials.values():
+            start_rung(spec, open_data(spec))
+        for name in ("begun", "left"):
+            (folder / str(num) / name).mkdir(parents=True)
+        train_steps(trials[BEGUN], num=1, keep=folder / str(num) / "begun")
+    dumped = {num: {name: dump_spec(spec) for name, spec in trials.items()} for num, trials in specs.items()}
+    torch.multiprocessing.spawn(run_worker, (str(folder), dumped), nprocs=max(WORKERS))
+    return {
+        num: ([torch.load(folder / str(num) / f"{rank}.pt") for rank in range(num)], folder / str(num))
+        for num in WORKERS
+    }
+
+
+def make_case(make_spec, name, **others):
+    objective, changes = MANY[name]
+    return make_spec(objective, {**EXACT, **changes, **others})
 
 
 def assert_same_training(ours, theirs):
@@ -229,18 +269,55 @@ def assert_same_training(ours, theirs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*TESTED, *(f"{name} in parts" for name in IN_PARTS)])
-def test_two_workers_equal_one(name, two_workers):
-    specs, (first, second) = two_workers
-    alone = train_steps(make_plain(specs, name))
-    assert_same_training(first[name], alone)
-    for parameter, value in first[name]["weights"].items():
-        assert torch.equal(second[name]["weights"][parameter], value)
+@pytest.mark.parametrize(("num", "name"), [(num, name) for num, names in WORKERS.items() for name in names])
+def test_any_number_of_workers_equals_one(num, name, many_workers, make_spec):
+    """One worker has no chunks, and of `mlm` and `cross_entropy` no parts: those change nothing at all."""
+    found, _ = many_workers[num]
+    objective = MANY[name][0]
+    others = {} if objective in CONTRASTIVE else {"pretrain.accumulation": 1}
+    plain = make_case(make_spec, name, resources={}, **others)
+    assert (plain.arm == make_case(make_spec, name).arm) == (objective in CONTRASTIVE or name == objective)
+    alone = train_steps(plain)
+    assert_same_training(found[0][name], alone)
+    for other in found[1:]:
+        for parameter, value in found[0][name]["weights"].items():
+            assert torch.equal(other[name]["weights"][parameter], value)
 
 
-def make_plain(specs, name):
-    """Two workers with parts are compared with one worker without."""
-    return specs["mlm"] if name == "mlm in parts" else specs[name]
+@pytest.mark.slow
+@pytest.mark.parametrize("num", WORKERS)
+def test_one_goes_on_from_many(num, many_workers, make_spec):
+    spec = make_case(make_spec, BEGUN)
+    assert_same_training(train_steps(spec, begun=many_workers[num][1] / "left"), train_steps(spec))
+
+
+@pytest.mark.parametrize("name", TESTED)
+def test_chunks_change_nothing(name, make_spec):
+    """Contrastive losses see all negatives of the part, whatever passes at once."""
+    for changes in ({}, PARTS):
+        plain, cut = (make_spec(name, {**EXACT, **changes, **chunks}) for chunks in ({}, CHUNKS))
+        assert plain.arm == cut.arm
+        assert_same_training(train_steps(cut), train_steps(plain))
+
+
+def test_negatives_are_in_the_curves(make_spec):
+    for name in TESTED:
+        curve = train_steps(make_spec(name, EXACT))["curve"]
+        values = [value for (_, metric), value in curve.items() if metric == "train_negatives"]
+        assert len(values) == (NUM_STEPS if name in CONTRASTIVE else 0)
+        documents = [value for (_, metric), value in curve.items() if metric == "train_documents"]
+        if name == "declutr":  # two anchors a document, and a mean positive each
+            assert values == [4 * num - 2 for num in documents]
+
+
+def test_a_single_anchor_has_no_negatives(make_spec):
+    """A part of one document with one anchor: masked tokens are all that it learns from."""
+    spans = {f"pretrain.declutr.{name}": value for name, value in (("num_anchors", 1), ("min_span", 24))}
+    changes = {**spans, "pretrain.batch_tokens": 100, "pretrain.num_tokens": 2000}
+    curve = train_steps(make_spec("declutr", {**EXACT, **changes}))["curve"]
+    assert [value for (_, metric), value in curve.items() if metric == "train_documents"] == [1.0] * NUM_STEPS
+    for metric in ("train_negatives", "train_declutr_loss"):
+        assert [value for (_, name), value in curve.items() if name == metric] == [0.0] * NUM_STEPS
 
 
 @pytest.mark.parametrize("name", ["mlm", "cross_entropy"])

@@ -29,7 +29,7 @@ def run_both(model, texts):
     (ids, positions, layout), (padded, mask) = texts
     hidden = encode_packed(model, ids, positions, layout)
     other = encode(model, padded, mask)
-    return (hidden, pool_segments(hidden, layout)), (other[mask.bool()], pool(other, mask))
+    return (hidden, pool_segments(hidden, layout, len(ids))), (other[mask.bool()], pool(other, mask))
 
 
 def gradients(model, hidden, pooled):
@@ -66,7 +66,7 @@ def test_segments_do_not_see_each_other(family, encoder_folders, texts):
     model = load_encoder(str(encoder_folders[family]))[0].eval()
     (ids, positions, layout), _ = texts
     changed = ids.clone()
-    begin, end = layout.offsets[7:9].tolist()
+    begin, end = layout.bounds.offsets[7:9].tolist()
     changed[begin + 1 : end - 1] = changed[begin + 1 : end - 1].flip(0)
     with torch.inference_mode():
         hidden, other = (encode_packed(model, x, positions, layout) for x in (ids, changed))
@@ -86,7 +86,7 @@ def test_windows_bound_what_a_token_sees(encoder_folders, texts):
     model.model = local
     window = model.config.sliding_window
     (ids, positions, layout), _ = texts
-    begin, end = layout.offsets[7:9].tolist()
+    begin, end = layout.bounds.offsets[7:9].tolist()
     changed = ids.clone()
     changed[begin] = 399 - changed[begin]
     with torch.inference_mode():
@@ -116,17 +116,41 @@ def test_layout_of_any_lengths():
         lengths = rng.integers(2, 200, num)
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         layout = lay_out(offsets, kernel=False)
-        assert layout.offsets.tolist() == offsets.tolist()
-        assert layout.longest == lengths.max()
-        padding = layout.padding
+        assert layout.bounds.offsets.tolist() == offsets.tolist()
+        assert layout.bounds.longest == lengths.max()
+        padding = layout.bounds.padding
         slots = sum(bucket.num * bucket.width for bucket in padding.buckets)
         assert len(padding.slots) == slots == offsets[-1] + len(padding.empty)
         assert torch.equal(padding.slots[padding.tokens], torch.arange(offsets[-1]))
         assert sorted([*padding.tokens.tolist(), *padding.empty.tolist()]) == list(range(slots))
         assert slots <= offsets[-1] / 0.75 + 8 * num
-        assert lay_out(offsets, kernel=True).padding is None
+        assert lay_out(offsets, kernel=True).bounds.padding is None
 
 
 def test_kernels_are_for_gpus(encoder_folders):
     model = load_encoder(str(encoder_folders["roberta"]))[0]
     assert not fits_kernel(model, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_row_of_fixed_shape_changes_nothing(family, encoder_folders, texts):
+    (ids, positions, layout), _ = texts
+    model = load_encoder(str(encoder_folders[family]))[0].eval()
+    plain = encode_packed(model, ids, positions, layout)
+    offsets = layout.bounds.offsets.numpy().astype(np.int64)
+    shapes = set()
+    for room in (len(ids), len(ids) + 1, len(ids) + 300):
+        closed = lay_out(offsets, kernel=False, room=room, longest=64)
+        shapes.add(closed.bounds.offsets.shape)
+        assert closed.bounds.offsets[-1] == room
+        assert torch.equal(closed.lengths, layout.lengths)
+        assert closed.bounds.offsets.diff().max() <= 64
+        left = (0, room - len(ids))
+        hidden = encode_packed(
+            model, torch.nn.functional.pad(ids, left), torch.nn.functional.pad(positions, left), closed
+        )
+        assert len(hidden) == room
+        torch.testing.assert_close(hidden[: len(ids)], plain, rtol=1e-5, atol=2e-5)
+        pooled = pool_segments(hidden, closed, len(ids))
+        torch.testing.assert_close(pooled, pool_segments(plain, layout, len(ids)), rtol=1e-5, atol=2e-5)
+    assert shapes == {(17,), (33,)} or shapes == {(17,)}

@@ -9,10 +9,12 @@ from raylab.training.encoder import load_encoder, predict_tokens, project_from
 from raylab.training.projection import projected_cross_entropy
 
 
+@pytest.mark.parametrize("aligned", [1, 64])
 @pytest.mark.parametrize("limit", [1, 300, 2**22])
 @pytest.mark.parametrize("bias", [True, False])
-def test_loss_and_gradients_are_those_of_whole_logits(bias, limit, monkeypatch):
+def test_loss_and_gradients_are_those_of_whole_logits(bias, limit, aligned, monkeypatch):
     monkeypatch.setitem(projection.LOGITS, "cpu", limit)
+    monkeypatch.setitem(projection.ALIGNED, "cpu", aligned)
     torch.manual_seed(0)
     layer, features, targets = nn.Linear(6, 50, bias=bias), torch.randn(31, 6) * 3, torch.randint(0, 50, (31,))
     found = []
@@ -90,3 +92,13 @@ def test_every_familys_head(family, encoder_folders):
     assert ours.keys() == theirs.keys()
     for name, gradient in theirs.items():
         torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_the_form_that_is_compiled_gives_the_same():
+    torch.manual_seed(0)
+    logits, wanted = torch.randn(40, 64) * 4, torch.randint(0, 50, (40,))
+    logits[:, 50:] = -torch.inf
+    ours, theirs = projection._compare_fused(logits, wanted), projection._compare(logits.clone(), wanted)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    assert not ours[1][:, 50:].any()

@@ -206,15 +206,15 @@ def check_settings(job: Job) -> list[str]:
                 f"pretrain.num_tokens: {pretrain.num_tokens} is under rungs x batch_tokens "
                 f"({pretrain.rungs} x {pretrain.batch_tokens}); raise it or lower those"
             )
-        # Every worker needs a text, or a document's spans, in each part of a step.
-        largest, shares = job.corpus.max_length, job.resources.workers * pretrain.accumulation
+        # No step holds more: a larger text, or the spans of a document, would fit in none.
+        largest = job.corpus.max_length
         if pretrain.objective == "declutr":
             spans = pretrain.declutr.num_anchors * (1 + pretrain.declutr.num_positives)
             largest = spans * (pretrain.declutr.max_span + SPECIAL_TOKENS)
-        if pretrain.batch_tokens < largest * shares:
+        if pretrain.batch_tokens < largest:
             problems.append(
-                f"pretrain.batch_tokens: {pretrain.batch_tokens} must be {largest * shares} or more: the largest text "
-                "or a document's spans, times workers and accumulation"
+                f"pretrain.batch_tokens: {pretrain.batch_tokens} must be {largest} or more: the largest text or a "
+                "document's spans"
             )
     if job.encoder.config is not None:
         layers = job.encoder.config.num_hidden_layers

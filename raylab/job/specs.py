@@ -163,6 +163,15 @@ class Resources(Model):
         "has GPUs, else 0",
     )
     max_concurrent_trials: int | None = Field(None, ge=1, description="null: as many as fit")
+    compile: Literal["auto", "always", "never"] = Field(
+        "auto", description="pre-training on GPUs by torch.compile; auto: where it lasts long enough to pay"
+    )
+    chunk_tokens: int | None = Field(
+        None,
+        ge=16,
+        description="pre-training: tokens that pass through the encoder at once on a worker (a document's spans stay "
+        "together), for steps larger than memory with all their negatives: gradient caching; null: its whole share",
+    )
 
     @model_validator(mode="after")
     def _whole_gpus(self) -> Self:

@@ -25,7 +25,7 @@ VERSIONS = {
     "tokenizer": 1,
     "tokens": 1,
     "hygiene": 1,
-    "pretrain": 3,
+    "pretrain": 4,
     "heldout": 2,
     "embed": 2,
     "activations": 2,

@@ -1,10 +1,12 @@
-"""Batches: the order of the data, steps of a fixed number of tokens, and packed inputs. All of it NumPy, no state.
+"""Batches: the order of the data, steps filled up to a number of tokens, and packed inputs. All of it NumPy, no state.
 
-Every draw depends on the seed, the epoch and the row alone, so a place in the data is two numbers, and the batch is
+Every draw depends on the seed, the epoch and the row alone, so a place in the data is a few numbers, and the batch is
 the same however many workers share it.
 """
 
+import heapq
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -18,23 +20,32 @@ from raylab.training.masks import mask_segments
 from raylab.training.spans import Spans, effective_spans, sample_spans
 
 Ints = NDArray[np.int64]
-LOOKAHEAD = 64
+# A step is filled up with one or two of the units ahead, and may leave one of its last behind for them.
+AHEAD, BEHIND = 32, 16
+# Each two of the units ahead; the place after the last stands for none.
+PAIRS = np.triu_indices(AHEAD + 1, 1)
+BLOCK = 256
 # Above any text in tokens: a piece is named by its row and first token, so that other rows change no mask of it.
 LONGEST_TEXT = 2**32
 
 
 class Place(NamedTuple):
-    """Where the data stand: the next unit is the `position`-th of the epoch's order."""
+    """Where the data stand: the next unit is the `position`-th of the epoch's order.
+
+    `ahead` are the units after it that are taken already, each by its distance from it, on into the next epoch's order.
+    """
 
     epoch: int
     position: int
+    ahead: tuple[int, ...] = ()
 
 
 class Step(NamedTuple):
-    """The units of one optimiser step, with the epoch that each is drawn in, both int64 [U], and its tokens."""
+    """The units of one optimiser step, the epoch that each is drawn in and its tokens, all int64 [U]; tokens in all."""
 
     units: Ints
     epochs: Ints
+    costs: Ints
     num_tokens: int
     after: Place
 
@@ -59,15 +70,19 @@ class Inputs(NamedTuple):
 class Units(NamedTuple):
     """What a training run draws from: pieces of texts (mlm, metadata) or whole documents (declutr).
 
-    A unit gives `texts` texts or anchors; `row` int64 [num] are the documents' rows. `cost(epoch, units)` gives the
-    tokens that each unit brings into the encoder, `build(epochs, units)` their inputs.
+    A unit gives `texts` texts or anchors; no segment has more than `longest` tokens; `row` int64 [num] are the
+    documents' rows. `cost(epoch, units)` gives the tokens that each unit brings into the encoder, `build(epochs,
+    units)` their inputs. `nothing` are the inputs of a worker that has no unit, but must take part: an empty text that
+    counts nowhere.
     """
 
     num: int
     texts: int
+    longest: int
     row: Ints
     cost: Callable[[int, Ints], Ints]
     build: Callable[[Ints, Ints], Inputs]
+    nothing: Inputs
 
 
 def pad_rows(rows: Sequence[NDArray[np.int32]], vocabulary: Vocabulary) -> tuple[Ints, Ints]:
@@ -125,33 +140,98 @@ def slice_piece(store: TokenStore, pieces: Pieces, index: int) -> NDArray[np.int
     return store.values[start : start + pieces.length[index]]
 
 
-def iterate_steps(units: Units, batch_tokens: int, seed: int, place: Place) -> Iterator[Step]:
-    """Steps without end from `place` on: each takes units in the epoch's order until it holds `batch_tokens`.
+def order_units(num: int, seed: int, epoch: int) -> Ints:
+    """The order of an epoch's units: a permutation."""
+    return np.random.default_rng(derive_seed(seed, "order", epoch)).permutation(num)
 
-    An epoch's order is a permutation from (seed, epoch). A step may run over the end of an epoch.
+
+def list_seen(num: int, seed: int, place: Place) -> Ints:
+    """Which of `num` units were taken before `place`, each once."""
+    if place.epoch:
+        return np.arange(num)
+    orders = np.concatenate([order_units(num, seed, epoch) for epoch in range(2 + max((0, *place.ahead)) // num)])
+    return np.unique(orders[[*range(place.position), *(place.position + far for far in place.ahead)]])
+
+
+def choose_units(costs: Ints, batch_tokens: int) -> Ints:
+    """Places of the units that make up a step, from the costs of the next units in order: as they come while they fit.
+
+    Where room is left, one or two of the AHEAD units after those fill it best, and one of the last BEHIND may stay
+    behind for them. The first unit is always taken, so that none waits for more than AHEAD + BEHIND steps.
     """
-    epoch, position = place
+    running = np.cumsum(costs)
+    count = int(np.searchsorted(running, batch_tokens, side="right"))
+    taken = np.arange(max(count, 1))
+    if not count or running[count - 1] == batch_tokens:
+        return taken
+    ahead = costs[count : count + AHEAD]
+    # Where fewer stand there, some that fit nowhere.
+    extra = np.concatenate([ahead, np.full(AHEAD - len(ahead), batch_tokens + 1), [0]])
+    sums = extra[PAIRS[0]] + extra[PAIRS[1]]
+    order = np.argsort(sums, kind="stable")
+    ordered = sums[order]
+    behind = np.append(0, costs[max(count - BEHIND, 1) : count])
+    room = batch_tokens - running[count - 1] + behind
+    found = np.searchsorted(ordered, room, side="right") - 1
+    gains = np.where(found >= 0, ordered[found], 0) - behind
+    best = int(gains.argmax())
+    if gains[best] <= 0:
+        return taken
+    # Of equal pairs the first, so that few units are passed over.
+    pair = order[np.searchsorted(ordered, ordered[found[best]])]
+    if best:
+        taken = np.delete(taken, count - len(behind) + best)
+    more = np.array([places[pair] for places in PAIRS])
+    return np.concatenate([taken, count + more[more < AHEAD]])
 
-    def shuffle(epoch: int) -> Ints:
-        return np.random.default_rng(derive_seed(seed, "order", epoch)).permutation(units.num)
 
-    order = shuffle(epoch)
+def iterate_steps(units: Units, batch_tokens: int, seed: int, place: Place) -> Iterator[Step]:
+    """Steps without end from `place` on, each filled up to `batch_tokens` and never beyond.
+
+    Every unit is taken once an epoch, nearly in the epoch's order, a permutation from (seed, epoch): see
+    `choose_units`. A step may run over the end of an epoch. A unit larger than `batch_tokens` is a step of its own.
+    """
+    order = lru_cache(2)(lambda epoch: order_units(units.num, seed, epoch))
+
+    def read(start: int, num: int) -> Ints:
+        """Units, epochs and costs, [3, num], from a place on that is counted over all epochs; of one epoch alone."""
+        epoch, position = divmod(start, units.num)
+        here = order(epoch)[position : position + num]
+        return np.stack([here, np.full(len(here), epoch), units.cost(epoch, here)])
+
+    start = place.epoch * units.num + place.position
+    window, taken = read(start, BLOCK), np.array(place.ahead, dtype=np.int64)
     while True:
-        taken: list[Ints] = []
-        epochs: list[Ints] = []
-        tokens = 0
-        while tokens < batch_tokens:
-            ahead = order[position : position + LOOKAHEAD]
-            running = np.cumsum(units.cost(epoch, ahead))
-            count = min(int(np.searchsorted(running, batch_tokens - tokens)) + 1, len(ahead))
-            taken.append(ahead[:count])
-            epochs.append(np.full(count, epoch))
-            tokens += int(running[count - 1])
-            position += count
-            if position >= units.num:
-                epoch, position = epoch + 1, 0
-                order = shuffle(epoch)
-        yield Step(np.concatenate(taken), np.concatenate(epochs), tokens, Place(epoch, position))
+        free = np.ones(window.shape[1], dtype=bool)
+        free[taken[taken < len(free)]] = False
+        left = np.flatnonzero(free)
+        # How far the window was read changes nothing: it must hold what fills a step, and AHEAD units more.
+        if taken.max(initial=0) >= len(free) or window[2, left[:-AHEAD]].sum() <= batch_tokens:
+            window = np.concatenate([window, read(start + len(free), max(BLOCK, len(free)))], 1)
+            continue
+        chosen = np.sort(left[choose_units(window[2, left], batch_tokens)])
+        free[chosen] = False
+        picked, first = window[:, chosen], int(free.argmax())
+        window, taken, start = window[:, first:], np.flatnonzero(~free[first:]), start + first
+        place = Place(*divmod(start, units.num), tuple(taken.tolist()))
+        yield Step(picked[0], picked[1], picked[2], int(picked[2].sum()), place)
+
+
+def deal(costs: Ints, num: int) -> list[Ints]:
+    """Units of costs[U] dealt to `num` shares of like cost: the places of each share's units, in order.
+
+    The largest first, each to the share that has least (LPT; Graham 1969, doi 10.1137/0117039).
+    """
+    if num == 1:
+        return [np.arange(len(costs))]
+    shares = [(0, share) for share in range(num)]
+    owners = np.empty(len(costs), dtype=np.int64)
+    order = np.argsort(-costs, kind="stable")
+    for unit, cost in zip(order.tolist(), costs[order].tolist(), strict=True):
+        held, share = shares[0]
+        owners[unit] = share
+        heapq.heapreplace(shares, (held + cost, share))
+    return [np.flatnonzero(owners == share) for share in range(num)]
 
 
 def _mask_texts(
@@ -183,6 +263,12 @@ def _mask_texts(
     return Inputs(ids, positions, offsets, selected, targets, rows)
 
 
+def _build_nothing(vocabulary: Vocabulary) -> Inputs:
+    none = np.zeros(0, dtype=np.int64)
+    empty = pack_segments(np.zeros(1, dtype=np.int32), np.zeros(1, int), np.zeros(1, int), vocabulary)
+    return Inputs(*empty, none, none, none)
+
+
 def piece_units(
     store: TokenStore, rows: Ints, vocabulary: Vocabulary, corpus: Corpus, pretrain: Pretrain, seed: int
 ) -> Units:
@@ -198,7 +284,7 @@ def piece_units(
         keys = rows * LONGEST_TEXT + start
         return _mask_texts(packed, rows, keys, epochs, seed, pretrain.mlm.mask_fraction, vocabulary)
 
-    return Units(len(pieces.row), 1, pieces.row, cost, build)
+    return Units(len(pieces.row), 1, corpus.max_length, pieces.row, cost, build, _build_nothing(vocabulary))
 
 
 def keep_documents(lengths: Ints, declutr: Declutr) -> NDArray[np.bool_]:
@@ -256,7 +342,8 @@ def span_units(
         shown = np.repeat(epochs, declutr.num_anchors)
         return _mask_texts(packed, owners, keys, shown, seed, pretrain.mlm.mask_fraction, vocabulary)
 
-    return Units(len(rows), declutr.num_anchors, rows, cost, build)
+    longest = declutr.max_span + 2
+    return Units(len(rows), declutr.num_anchors, longest, rows, cost, build, _build_nothing(vocabulary))
 
 
 UNITS = {"mlm": piece_units, "metadata": piece_units, "declutr": span_units}

@@ -12,58 +12,124 @@ from torch import Tensor
 
 from raylab.base.world import World
 from raylab.job.blocks import Pretrain
-from raylab.training.batches import Inputs, Ints, Place, Step, Units, iterate_steps
-from raylab.training.objectives import Batch
+from raylab.training.batches import Inputs, Ints, Place, Step, Units, deal, iterate_steps
+from raylab.training.compilation import choose_room
+from raylab.training.objectives import Batch, is_contrastive
 from raylab.training.packing import lay_out
 
 
+class Part(NamedTuple):
+    """A worker's share of a part of a step: its chunks, and whether any worker has several, which all of them know."""
+
+    chunks: tuple[Batch, ...]
+    chunked: bool
+
+
 class Fed(NamedTuple):
-    """A worker's part of a step: its batches, on the CPU, and counts over them.
+    """A worker's share of a step: its parts, on the CPU, and counts over them.
 
     Masked tokens, texts with a category, token slots that pass through the layers and through attention, padding
-    included, and what `count_flops` counts; `waited` is in seconds.
+    included, and what `count_flops` counts. Over all workers, `negatives` are those of a contrastive loss, mean a
+    point; None without one. `waited` is in seconds.
     """
 
     step: Step
-    batches: list[Batch]
+    parts: tuple[Part, ...]
     selected: int
     categories: int
     slots: int
     attended: int
     flops: float
+    negatives: float | None
     waited: float
 
 
+class Rows(NamedTuple):
+    """How rows are laid out: for the variable-length `kernel`; in fixed shapes, where a full row holds `capacity`
+    tokens and no segment more than `longest`."""
+
+    kernel: bool
+    capacity: int | None = None
+    longest: int = 0
+
+
+PLAIN = Rows(kernel=False)
+
+
 def make_batch(
-    inputs: Inputs, categories: NDArray[np.int64] | None, gathered: tuple[int, ...] = (), *, kernel: bool
+    inputs: Inputs,
+    categories: NDArray[np.int64] | None,
+    gathered: tuple[int, ...] = (),
+    *,
+    rows: Rows = PLAIN,
+    pad_id: int = 0,
 ) -> Batch:
-    """Inputs as tensors on the CPU; `categories` are those of all rows, `kernel` as in `lay_out`."""
+    """Inputs as tensors on the CPU; `categories` are those of all rows. In fixed shapes `pad_id` fills what is left."""
     found = categories[inputs.rows] if categories is not None else np.full(len(inputs.rows), -1)
+    num_tokens, ids, positions = len(inputs.input_ids), inputs.input_ids, inputs.positions
+    room = None
+    if rows.capacity is not None:
+        room = choose_room(num_tokens, rows.capacity)
+        left = (0, room - num_tokens)
+        ids, positions = np.pad(ids, left, constant_values=pad_id), np.pad(positions, left)
     return Batch(
-        torch.from_numpy(inputs.input_ids),
-        torch.from_numpy(inputs.positions),
-        lay_out(inputs.offsets, kernel=kernel),
+        torch.from_numpy(ids),
+        torch.from_numpy(positions),
+        lay_out(inputs.offsets, kernel=rows.kernel, room=room, longest=rows.longest or None),
         torch.from_numpy(inputs.selected),
         torch.from_numpy(inputs.targets),
         torch.from_numpy(found),
         torch.from_numpy(np.flatnonzero(found >= 0)),
+        num_tokens,
         gathered,
     )
 
 
 def _count_attended(batch: Batch) -> int:
-    padding = batch.layout.padding
+    padding = batch.layout.bounds.padding
     return len(batch.input_ids) if padding is None else len(padding.slots)
 
 
-def move(value: Any, device: torch.device) -> Any:
-    """Tensors in (named) tuples to a device; to a GPU from pinned memory, without waiting."""
+def deal_chunks(costs: Ints, chunk_tokens: int | None) -> list[Ints]:
+    """The units of a share, places in it, in even chunks of at most `chunk_tokens`, or of the largest unit."""
+    if chunk_tokens is None or not len(costs):
+        return [np.arange(len(costs))]
+    most = max(chunk_tokens, int(costs.max()))
+    chunks = deal(costs, -(-int(costs.sum()) // most))
+    while any(costs[chunk].sum() > most for chunk in chunks):
+        chunks = deal(costs, len(chunks) + 1)
+    return chunks
+
+
+def _count_pairs(rows: Ints) -> tuple[int, int]:
+    """Points of NT-Xent, two a row, and all their negatives: every point but itself and its partner."""
+    points = 2 * len(rows)
+    return points, points * (points - 2)
+
+
+def _count_others(categories: Ints) -> tuple[int, int]:
+    """Points of a supervised contrastive loss, and all their negatives: the points of other categories."""
+    counts = np.bincount(categories[categories >= 0])
+    return int(counts.sum()), int((counts * (counts.sum() - counts)).sum())
+
+
+def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
-        return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
+        return change(value)
     if isinstance(value, tuple):
-        parts = [move(part, device) for part in value]
+        parts = [_map_tensors(part, change) for part in value]
         return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
     return value
+
+
+def pin(value: Any) -> Any:
+    """Tensors in (named) tuples in pinned memory, which a GPU reads by itself."""
+    return _map_tensors(value, lambda tensor: tensor.pin_memory())
+
+
+def move(value: Any, device: torch.device) -> Any:
+    """Tensors in (named) tuples to a device; pinned ones without waiting."""
+    return _map_tensors(value, lambda tensor: tensor.to(device, non_blocking=True))
 
 
 def feed(
@@ -76,38 +142,52 @@ def feed(
     world: World,
     count_flops: Callable[[Inputs], float],
     *,
-    kernel: bool,
+    chunk_tokens: int | None = None,
+    rows: Rows = PLAIN,
+    pad_id: int = 0,
+    pinned: bool = False,
 ) -> Iterator[Fed]:
     """Steps from `place` on until `num_tokens` or more, each a step ahead of the one that is asked for.
 
-    A step's texts are dealt to the workers in turn, so that the global batch is the same for any number of them.
+    A step is cut into parts of like tokens, at most as many as it has units, and so with its negatives: the same for
+    any number of workers. A part is dealt to the workers by tokens, for all wait for the slowest.
     """
     steps = iterate_steps(units, pretrain.batch_tokens, seed, place)
-    shares = pretrain.accumulation * world.size
+    contrastive = is_contrastive(pretrain)
 
     def count_rows(dealt: Ints) -> int:
         return len(dealt) * units.texts if categories is None else int((categories[units.row[dealt]] >= 0).sum())
 
+    def count_negatives(dealt: Ints) -> tuple[int, int]:
+        rows = np.repeat(units.row[dealt], units.texts)
+        return _count_pairs(rows) if categories is None else _count_others(categories[rows])
+
     def build() -> Fed:
         step = next(steps)
-        # A part of the step is the same texts for any number of workers, and so are its negatives.
-        mine = [
-            units.build(step.epochs[share::shares], step.units[share::shares])
-            for share in range(world.rank * pretrain.accumulation, (world.rank + 1) * pretrain.accumulation)
-        ]
-        rows = [count_rows(step.units[share::shares]) for share in range(shares)]
-        batches = [
-            make_batch(inputs, categories, tuple(rows[part :: pretrain.accumulation]), kernel=kernel)
-            for part, inputs in enumerate(mine)
-        ]
+        parts, built, points, negatives = [], [], 0, 0
+        for part in deal(step.costs, min(pretrain.accumulation, len(step.units))):
+            shares = [part[share] for share in deal(step.costs[part], world.size)]
+            chunked = [[share[chunk] for chunk in deal_chunks(step.costs[share], chunk_tokens)] for share in shares]
+            mine = [
+                units.build(step.epochs[chunk], step.units[chunk]) if len(chunk) else units.nothing
+                for chunk in chunked[world.rank]
+            ]
+            counts = tuple(count_rows(step.units[share]) for share in shares)
+            batches = tuple(make_batch(inputs, categories, counts, rows=rows, pad_id=pad_id) for inputs in mine)
+            parts.append(Part(batches, any(len(chunks) > 1 for chunks in chunked)))
+            built += [inputs for inputs in mine if inputs is not units.nothing]
+            found = count_negatives(step.units[part]) if contrastive else (0, 0)
+            points, negatives = points + found[0], negatives + found[1]
+        batches = tuple(batch for part in parts for batch in part.chunks)
         return Fed(
             step,
-            batches,
+            pin(tuple(parts)) if pinned else tuple(parts),
             sum(len(batch.targets) for batch in batches),
             sum(len(batch.known) for batch in batches),
             sum(len(batch.input_ids) for batch in batches),
             sum(_count_attended(batch) for batch in batches),
-            sum(count_flops(inputs) for inputs in mine),
+            sum(count_flops(inputs) for inputs in built),
+            negatives / max(points, 1) if contrastive else None,
             0.0,
         )
 

@@ -16,19 +16,25 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from raylab.base.memory import read_lap, start_lap
+from raylab.base.mistakes import JobError
 from raylab.base.noise import derive_seed
 from raylab.base.world import ALONE, World
 from raylab.data.tokens import TokenStore, Vocabulary
 from raylab.job.blocks import Pretrain
-from raylab.job.specs import TrialSpec
+from raylab.job.specs import Resources, TrialSpec
 from raylab.training.batches import Place, Units
+from raylab.training.cache import cache_gradients
+from raylab.training.compilation import can_compile, compile_encoder, pays, round_norms
+from raylab.training.dropout import replace_dropout, seed_dropout
 from raylab.training.encoder import choose_device, load_encoder, precision, save_encoder
-from raylab.training.feed import Fed, feed, move
-from raylab.training.objectives import Batch, Learner, Totals, loss_weights
+from raylab.training.feed import Fed, Part, Rows, feed, move, pin
+from raylab.training.objectives import Learner, Totals, is_contrastive, loss_weights
 from raylab.training.packing import fits_kernel
-from raylab.training.speed import describe_speed, flop_counter, measure_peak
+from raylab.training.speed import count_weights, describe_speed, flop_counter, measure_peak
 
 CURVE_POINTS = 50
+# Gradients that travel at once, in MB: a compiled encoder is cut where they end, and every cut costs the host time.
+BUCKET_MB = 100
 
 # The parts of a rung's folder that pruning may take.
 ENCODER = "encoder"
@@ -52,6 +58,7 @@ class Progress:
     tokens: int = 0
     epoch: int = 0
     position: int = 0
+    ahead: list[int] = field(default_factory=list)
     flops: float = 0.0
     sums: dict[str, float] = field(default_factory=dict)
     num_summed: int = 0
@@ -116,9 +123,10 @@ def load_learner(spec: TrialSpec, data: Data, folder: Path, *, trained: bool) ->
     return learner
 
 
-def load_training(spec: TrialSpec, data: Data, folder: Path, *, resume: bool) -> Training:
+def load_training(spec: TrialSpec, data: Data, folder: Path, *, resume: bool, world: World = ALONE) -> Training:
     """A training from a rung's folder; `resume` takes optimiser and heads too, else only the encoder's weights."""
     learner = load_learner(spec, data, folder, trained=resume)
+    prepare_encoder(learner, spec.settings.resources, world)
     optimizer = make_optimizer(learner, spec.settings.pretrain)
     progress = Progress(**json.loads((folder / "progress.json").read_text()))
     if resume:
@@ -130,6 +138,28 @@ def load_training(spec: TrialSpec, data: Data, folder: Path, *, resume: bool) ->
                 fused = optimizer.defaults["fused"]
                 optimizer.state[p] = {k: v.to(p.device) if k != "step" or fused else v for k, v in state.items()}
     return Training(learner, optimizer, progress)
+
+
+def prepare_encoder(learner: Learner, resources: Resources, world: World) -> None:
+    """Readies an encoder for training on its device, and compiles it where that pays.
+
+    Raises JobError where it has to be compiled and can't be.
+    """
+    pretrain, device, wanted = learner.pretrain, next(learner.parameters()).device, resources.compile
+    if fits_kernel(learner.encoder, device):
+        round_norms(learner.encoder)
+    able = can_compile(device) and fits_kernel(learner.encoder, device)
+    if wanted == "always" and not able:
+        raise JobError(
+            ["resources.compile: 'always' needs an Ampere GPU or newer, Triton and a C compiler; use 'auto' or 'never'"]
+        )
+    flops = 6.0 * count_weights(learner) * pretrain.num_tokens / world.size
+    if not able or wanted == "never" or (wanted == "auto" and not pays(flops, pretrain.num_tokens // world.size)):
+        return
+    learner.dropout = replace_dropout(learner.encoder.base_model)  # type: ignore[arg-type]
+    # A graph's gradients lie where its next replay writes: one pass a step, and nobody else who reads them.
+    alone = world.size == pretrain.accumulation == 1 and resources.chunk_tokens is None
+    compile_encoder(learner.encoder, graphs=alone)
 
 
 def save_training(training: Training, tokenizer: Path, folder: Path, *, last: bool) -> None:
@@ -224,7 +254,8 @@ class Meter:
 
 def _sum_counts(fed: Fed, world: World, device: torch.device) -> tuple[Tensor, Tensor]:
     """Masked tokens and texts with a category of a whole step, on the device."""
-    counts: Tensor = move(torch.tensor([fed.selected, fed.categories], dtype=torch.float32), device)
+    told = torch.tensor([fed.selected, fed.categories], dtype=torch.float32)
+    counts: Tensor = move(pin(told) if device.type == "cuda" else told, device)
     if world.size > 1:
         torch.distributed.all_reduce(counts)
     selected, categories = counts.unbind()
@@ -232,10 +263,19 @@ def _sum_counts(fed: Fed, world: World, device: torch.device) -> tuple[Tensor, T
 
 
 def train(
-    training: Training, units: Units, data: Data, pretrain: Pretrain, seed: int, until: int, world: World = ALONE
+    training: Training,
+    units: Units,
+    data: Data,
+    pretrain: Pretrain,
+    seed: int,
+    until: int,
+    world: World = ALONE,
+    *,
+    chunk_tokens: int | None = None,
 ) -> None:
     """Steps until `until` tokens have entered the encoder, over all workers; changes `training` in place.
 
+    At most `chunk_tokens` pass through the encoder at once (None: a worker's whole share of a part of a step).
     The host never waits for the device but at points of the curves and at the end: a loss or gradient that is not
     finite is found there (NotFiniteError, which names its step).
     """
@@ -243,41 +283,51 @@ def train(
     device = next(learner.parameters()).device
     model: nn.Module = learner
     if world.size > 1:
-        model = DistributedDataParallel(learner, find_unused_parameters=True)
+        model = DistributedDataParallel(
+            learner, find_unused_parameters=True, broadcast_buffers=False, bucket_cap_mb=BUCKET_MB
+        )
     learner.train()
     weights = loss_weights(pretrain)
     with precision(device):
         peak = measure_peak(device)
     meter = Meter(progress, world, device, peak)
+    capacity = None
+    if learner.dropout is not None:
+        share = -(-pretrain.batch_tokens // (pretrain.accumulation * world.size))
+        capacity = min(share, chunk_tokens or share)
     feeds = feed(
         units,
         data.categories,
         pretrain,
         seed,
-        Place(progress.epoch, progress.position),
+        Place(progress.epoch, progress.position, tuple(progress.ahead)),
         until - progress.tokens,
         world,
         flop_counter(learner),
-        kernel=fits_kernel(learner.encoder, device),
+        chunk_tokens=chunk_tokens,
+        rows=Rows(fits_kernel(learner.encoder, device), capacity, units.longest),
+        pad_id=data.vocabulary.pad_id,
+        pinned=device.type == "cuda",
     )
     for fed in feeds:
         step = fed.step
-        totals = Totals(*_sum_counts(fed, world, device), pretrain.accumulation, world.size)
-        batches = [move(batch, device) for batch in fed.batches]
+        totals = Totals(*_sum_counts(fed, world, device), len(fed.parts), world.size)
+        parts = move(fed.parts, device)
         rate = learning_rate(pretrain, progress.tokens + step.num_tokens / 2)
         for group in optimizer.param_groups:
             group["lr"] = rate
         # Dropout's numbers come from the step, not from a state that a checkpoint would have to carry.
-        torch.manual_seed(derive_seed(seed, "dropout", progress.step, world.rank))
-        values = _backward(model, batches, totals, weights, device)
+        dropout = derive_seed(seed, "dropout", progress.step, world.rank)
+        values = _backward(model, learner, parts, totals, weights, dropout)
         values["gradient_norm"] = nn.utils.clip_grad_norm_(learner.parameters(), pretrain.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         meter.add(values, fed, progress.tokens)
         progress.step += 1
         before, progress.tokens = progress.tokens, progress.tokens + step.num_tokens
-        progress.epoch, progress.position = step.after
-        for name, value in (("learning_rate", rate), ("documents", float(len(step.units)))):
+        progress.epoch, progress.position, progress.ahead = step.after.epoch, step.after.position, [*step.after.ahead]
+        counted = {"learning_rate": rate, "documents": float(len(step.units))}
+        for name, value in (counted if fed.negatives is None else counted | {"negatives": fed.negatives}).items():
             progress.sums[name] = progress.sums.get(name, 0.0) + value
         progress.num_summed += 1
         point = pretrain.num_tokens / CURVE_POINTS
@@ -292,17 +342,38 @@ def train(
 
 
 def _backward(
-    model: nn.Module, batches: list[Batch], totals: Totals, weights: Mapping[str, float], device: torch.device
+    model: nn.Module,
+    learner: Learner,
+    parts: tuple[Part, ...],
+    totals: Totals,
+    weights: Mapping[str, float],
+    seed: int,
 ) -> dict[str, Tensor]:
-    """Gradients of the step's loss; returns the weighted loss and each loss, this worker's sums over its parts."""
+    """Gradients of the step's loss; returns the weighted loss and each loss, this worker's sums over its parts.
+
+    `model` is the learner, or what trains it with other workers; `seed` that of dropout.
+    """
+    device = next(learner.parameters()).device
     sums: dict[str, Tensor] = {}
-    for index, batch in enumerate(batches):
-        last = index == len(batches) - 1
-        with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext():
-            with precision(device):
-                losses = model(batch, totals)
-            loss = sum((weights[name] * value for name, value in losses.items()), torch.zeros((), device=device))
-            loss.backward()
-        for name, value in {**{f"{name}_loss": value for name, value in losses.items()}, "loss": loss}.items():
-            sums[name] = sums.get(name, 0.0) + value.detach().double()
+    left = sum(len(part.chunks) for part in parts)
+    for index, part in enumerate(parts):
+        seeds = [derive_seed(seed, index, chunk) for chunk in range(len(part.chunks))]
+        cache = None
+        if part.chunked and is_contrastive(learner.pretrain):
+            cache = cache_gradients(learner, part.chunks, totals, seeds)
+        for chunk, batch in enumerate(part.chunks):
+            left -= 1
+            # Workers exchange gradients once a step, in the last backward pass.
+            with model.no_sync() if isinstance(model, DistributedDataParallel) and left else nullcontext():
+                seed_dropout(learner.dropout, seeds[chunk])
+                with precision(device):
+                    losses = model(batch, totals, None if cache is None else cache.gradients[chunk])
+                loss = sum((weights[name] * value for name, value in losses.items()), torch.zeros((), device=device))
+                loss.backward()
+            if cache is not None:
+                # What stood for the contrastive loss has its gradients, not its value.
+                losses[learner.pretrain.objective] = cache.loss / len(part.chunks)
+            for name, value in losses.items():
+                sums[f"{name}_loss"] = sums.get(f"{name}_loss", 0.0) + value.detach().double()
+    sums["loss"] = torch.stack([weights[name] * sums[f"{name}_loss"] for name in losses]).sum()
     return sums

@@ -23,6 +23,8 @@ from raylab.training.encoder import first_position
 PACKED = "raylab_packed"
 # Segments of this share of a bucket's longest or more are padded to it, and so are those a few tokens shorter.
 LIKE_LENGTH, NEAR_LENGTH = 0.75, 8
+# Segments of a row of fixed shape: fewer are filled up.
+LEAST_SEGMENTS = 16
 
 
 class Bucket(NamedTuple):
@@ -46,14 +48,23 @@ class Padding(NamedTuple):
     buckets: tuple[Bucket, ...]
 
 
-class Layout(NamedTuple):
-    """Segments of a packed row: offsets int32 [S + 1], lengths int64 [S], the longest; `padding` where no kernel takes
-    segments of any length."""
+class Bounds(NamedTuple):
+    """What attention knows of a packed row: the segments' offsets int32 [S + 1] and the longest that one may be;
+    `padding` where no kernel takes segments of any length."""
 
     offsets: Tensor
-    lengths: Tensor
     longest: int
     padding: Padding | None
+
+
+class Layout(NamedTuple):
+    """The segments of a packed row: their lengths int64 [S], and the bounds for attention.
+
+    A row with room left over is closed by segments of padding, which `lengths` leaves out and no other segment sees.
+    """
+
+    bounds: Bounds
+    lengths: Tensor
 
 
 def fits_kernel(model: nn.Module, device: torch.device) -> bool:
@@ -64,15 +75,25 @@ def fits_kernel(model: nn.Module, device: torch.device) -> bool:
     return able and size % 8 == 0 and size <= 256
 
 
-def lay_out(offsets: Ints, *, kernel: bool) -> Layout:
-    """The layout of segments with offsets [S + 1], on the CPU; `kernel`: for the variable-length kernel."""
+def lay_out(offsets: Ints, *, kernel: bool, room: int | None = None, longest: int | None = None) -> Layout:
+    """The layout of segments with offsets [S + 1], on the CPU; `kernel`: for the variable-length kernel.
+
+    With `room`, of a row of so many tokens whose segments have at most `longest`: rows of one room then have one shape,
+    as code compiled for it needs, since segments without a token fill up to a power of two.
+    """
     lengths = np.diff(offsets)
-    return Layout(
-        torch.from_numpy(offsets.astype(np.int32)),
-        torch.from_numpy(lengths),
-        int(lengths.max()),
-        None if kernel else _pad(offsets, lengths),
-    )
+    found = longest or int(lengths.max())
+    closed = offsets if room is None else _close(offsets, room, found)
+    bounds = Bounds(torch.from_numpy(closed.astype(np.int32)), found, None if kernel else _pad(closed, np.diff(closed)))
+    return Layout(bounds, torch.from_numpy(lengths))
+
+
+def _close(offsets: Ints, room: int, longest: int) -> Ints:
+    """Offsets that go on to the end of a row of `room` tokens, [2^k + 1]."""
+    rest = np.arange(int(offsets[-1]) + longest, room, longest)
+    closed = np.concatenate([offsets, rest, [room] if offsets[-1] < room else []]).astype(np.int64)
+    segments = 1 << (max(len(closed) - 1, LEAST_SEGMENTS) - 1).bit_length()
+    return np.pad(closed, (0, segments + 1 - len(closed)), constant_values=room)
 
 
 def _pad(offsets: Ints, lengths: Ints) -> Padding:
@@ -80,9 +101,10 @@ def _pad(offsets: Ints, lengths: Ints) -> Padding:
     ordered = lengths[order]
     slots, tokens, empty, buckets = [], np.empty(offsets[-1], dtype=np.int64), [], []
     start = base = 0
-    while start < len(order):
+    num = int(np.count_nonzero(lengths))  # behind them those without a token
+    while start < num:
         width = int(ordered[start])
-        least = min(LIKE_LENGTH * width, width - NEAR_LENGTH)
+        least = max(1.0, min(LIKE_LENGTH * width, width - NEAR_LENGTH))
         stop = int(np.searchsorted(-ordered, -least, side="right"))
         here = order[start:stop]
         grid = np.arange(width)
@@ -153,21 +175,22 @@ def attend_packed(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    layout: Layout,
+    packed: Bounds,
     scaling: float | None = None,
     sliding_window: int | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attention for transformers: three [1, H, N, d] -> [1, N, H, d], within the segments of `layout`.
+    """Attention for transformers: three [1, H, N, d] -> [1, N, H, d], within the segments of `packed`.
 
     `sliding_window` is one more than the distance that a token sees (ModernBERT).
     """
-    rows = [part[0].transpose(0, 1) for part in (query, key, value)]
+    # Not `part[0]`, whose gradient would be a copy.
+    rows = [part.squeeze(0).transpose(0, 1) for part in (query, key, value)]
     window = None if sliding_window is None else sliding_window - 1
-    if layout.padding is not None:
-        return _attend_padded(rows, layout.padding, scaling, window).unsqueeze(0), None
+    if packed.padding is not None:
+        return _attend_padded(rows, packed.padding, scaling, window).unsqueeze(0), None
     sides = (-1, -1) if window is None else (window, window)
-    ends = (layout.offsets, layout.offsets, layout.longest, layout.longest)
+    ends = (packed.offsets, packed.offsets, packed.longest, packed.longest)
     attended: Any = varlen_attn(rows[0], rows[1], rows[2], *ends, scale=scaling, window_size=sides)
     return attended.unsqueeze(0), None
 
@@ -192,12 +215,12 @@ def encode_packed(model: nn.Module, input_ids: Tensor, positions: Tensor, layout
     config: Any = model.config
     with _pack_attention(config):
         hidden: Tensor = model.base_model(  # type: ignore[operator]
-            input_ids=input_ids[None], position_ids=positions[None] + first_position(config), layout=layout
+            input_ids=input_ids[None], position_ids=positions[None] + first_position(config), packed=layout.bounds
         ).last_hidden_state
-    return hidden[0]
+    return hidden.squeeze(0)
 
 
-def pool_segments(hidden: Tensor, layout: Layout) -> Tensor:
-    """Mean over each segment's tokens, special ones included: [N, D] -> float32 [S, D]."""
+def pool_segments(hidden: Tensor, layout: Layout, num_tokens: int) -> Tensor:
+    """Mean over each segment's tokens, special ones included: [N or more, D] -> float32 [S, D]; N is `num_tokens`."""
     # Lengths are right by construction: to check them a GPU would have to wait.
-    return torch.segment_reduce(hidden.float(), "mean", lengths=layout.lengths, axis=0, unsafe=True)
+    return torch.segment_reduce(hidden[:num_tokens].float(), "mean", lengths=layout.lengths, axis=0, unsafe=True)

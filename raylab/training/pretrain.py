@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
 from torch import nn
 
 from raylab.base.noise import derive_seed
@@ -15,7 +15,7 @@ from raylab.data.corpus import DOCUMENTS, TRAIN, VALIDATION, open_rows
 from raylab.data.tokens import Vocabulary, open_tokens
 from raylab.job.specs import TrialSpec
 from raylab.store.stages import FOLDER, Stage, build_stage, find_stage, name_stage, peek_stage, prune_stage, read_info
-from raylab.training.batches import UNITS, Units, describe_spans
+from raylab.training.batches import UNITS, Place, Units, describe_spans, list_seen
 from raylab.training.encoder import build_encoder, load_encoder, save_encoder
 from raylab.training.heldout import compute_unigram_entropy, measure_heldout, prepare_heldout
 from raylab.training.loop import (
@@ -82,17 +82,18 @@ def train_rung(
     def build(folder: Path) -> dict[str, Any]:
         live = training or _open_training(spec, data, chain, rung - 1, world)
         units = make_units(spec, data)
-        train(live, units, data, pretrain, spec.seed, rung_budget(pretrain, rung), world)
+        chunk_tokens = spec.settings.resources.chunk_tokens
+        train(live, units, data, pretrain, spec.seed, rung_budget(pretrain, rung), world, chunk_tokens=chunk_tokens)
         result.append(live)
         if world.rank == 0:
             save_training(live, results / FOLDER / spec.tokenizer, folder, last=chain[rung].last)
         seen = live.progress
-        rows = units.row if seen.epoch else _seen_rows(units, spec, seen)
+        place = Place(seen.epoch, seen.position, tuple(seen.ahead))
         lengths = data.store.lengths[data.rows["part"] == TRAIN]
         return {
             "step": seen.step,
             "tokens": seen.tokens,
-            "documents": len(np.unique(rows)),
+            "documents": len(np.unique(units.row[list_seen(units.num, spec.seed, place)])),
             "flops": seen.flops,
             "spans": describe_spans(lengths, pretrain.declutr) if pretrain.objective == "declutr" else None,
         }
@@ -110,8 +111,8 @@ def _open_training(spec: TrialSpec, data: Data, chain: Sequence[Link], rung: int
     for at in range(rung, 0, -1):
         path = find_stage(Path(spec.results), chain[at].stage_id, OPTIMIZER)
         if world.broadcast(path is not None) and path is not None:
-            return load_training(spec, data, path, resume=True)
-    return load_training(spec, data, start_rung(spec, data, world).path, resume=False)
+            return load_training(spec, data, path, resume=True, world=world)
+    return load_training(spec, data, start_rung(spec, data, world).path, resume=False, world=world)
 
 
 def _open_learner(spec: TrialSpec, data: Data, chain: Sequence[Link], rung: int) -> Learner:
@@ -121,8 +122,9 @@ def _open_learner(spec: TrialSpec, data: Data, chain: Sequence[Link], rung: int)
         return load_learner(spec, data, path, trained=rung > 0)
     training = _open_training(spec, data, chain, rung, ALONE)
     if rung:
-        pretrain = spec.settings.pretrain
-        train(training, make_units(spec, data), data, pretrain, spec.seed, rung_budget(pretrain, rung))
+        pretrain, chunk_tokens = spec.settings.pretrain, spec.settings.resources.chunk_tokens
+        until = rung_budget(pretrain, rung)
+        train(training, make_units(spec, data), data, pretrain, spec.seed, until, chunk_tokens=chunk_tokens)
     return training.learner
 
 
@@ -147,7 +149,9 @@ def measure_rung(spec: TrialSpec, data: Data, chain: Sequence[Link], rung: int, 
         held_out = prepare_heldout(data.store, rows, data.categories, data.vocabulary, spec.settings.corpus, retrieval)
         train_rows = np.flatnonzero(data.rows["part"] == TRAIN)
         entropy = compute_unigram_entropy(data.store, train_rows, held_out, data.vocabulary)
-        measures = measure_heldout(learner.encoder, learner.head if rung else None, held_out, masked=not headless)
+        # Shapes that training doesn't have are not worth compiling for.
+        with torch.compiler.set_stance("force_eager"):
+            measures = measure_heldout(learner.encoder, learner.head if rung else None, held_out, masked=not headless)
         return {"heldout_unigram_entropy": entropy} | measures
 
     return build_stage(Path(spec.results), "heldout", key, build)
@@ -174,11 +178,6 @@ def make_units(spec: TrialSpec, data: Data) -> Units:
     train_rows = np.flatnonzero(data.rows["part"] == TRAIN)
     pretrain = spec.settings.pretrain
     return UNITS[pretrain.objective](data.store, train_rows, data.vocabulary, spec.settings.corpus, pretrain, spec.seed)
-
-
-def _seen_rows(units: Units, spec: TrialSpec, progress: Progress) -> NDArray[np.int64]:
-    order = np.random.default_rng(derive_seed(spec.seed, "order", progress.epoch)).permutation(units.num)
-    return units.row[order[: progress.position]]
 
 
 def _make_encoder(spec: TrialSpec, data: Data) -> tuple[nn.Module, bool]:

@@ -35,6 +35,13 @@ def describe_speed(spent: Mapping[str, float]) -> dict[str, float]:
     }
 
 
+def count_weights(learner: Learner) -> int:
+    """Weights of the matrices of an encoder's layers: what each token is multiplied with."""
+    base = cast(nn.Module, learner.encoder.base_model)
+    outside = ("embeddings", "pooler")
+    return sum(p.numel() for name, p in base.named_parameters() if p.ndim > 1 and not name.startswith(outside))
+
+
 def flop_counter(learner: Learner) -> Callable[[Inputs], float]:
     """Floating-point operations that a batch needs, forward and backward: no padding, nothing computed twice.
 
@@ -47,9 +54,7 @@ def flop_counter(learner: Learner) -> Callable[[Inputs], float]:
     model: nn.Module = learner.encoder
     config: Any = model.config
     base = cast(nn.Module, model.base_model)
-    body = sum(
-        p.numel() for name, p in base.named_parameters() if p.ndim > 1 and not name.startswith(("embeddings", "pooler"))
-    )
+    body = count_weights(learner)
     projection: Any = cast(Any, model).get_output_embeddings()
     known = {id(p) for p in (*base.parameters(), projection.weight)}
     head = sum(p.numel() for p in model.parameters() if p.ndim > 1 and id(p) not in known) + projection.weight.numel()

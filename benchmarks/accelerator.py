@@ -1,0 +1,172 @@
+"""raylab's own training loop on GPUs, on random texts, for benchmarks/pretrain.py: the same code that a trial runs."""
+
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from recipes import make_roberta
+from torch import multiprocessing
+
+from raylab.base.world import ALONE, World
+from raylab.data.tokens import TokenStore, Vocabulary
+from raylab.job.blocks import Corpus, Pretrain
+from raylab.job.specs import Resources
+from raylab.training.batches import UNITS, Place, Units, iterate_steps
+from raylab.training.loop import Data, Progress, Training, make_optimizer, prepare_encoder, train
+from raylab.training.objectives import Learner
+
+BASE = {
+    "vocab_size": 50_265, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+    "intermediate_size": 3072, "max_position_embeddings": 514, "type_vocab_size": 1,
+}  # fmt: skip
+SMALL = BASE | {"vocab_size": 30_522, "hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}
+# Spans of 32 to 512 tokens, the two special ones included, of documents that have room for them.
+SPANS = {"num_anchors": 2, "num_positives": 2, "max_span": 510, "min_span": 30}
+CATEGORIES = 8
+
+
+class Case(NamedTuple):
+    """What is trained: the encoder, settings of `pretrain`, and the least and most tokens of a document."""
+
+    config: dict[str, Any]
+    pretrain: dict[str, Any]
+    lengths: tuple[int, int]
+
+
+class Ours(NamedTuple):
+    """Medians: seconds a step, tokens and documents a step; FLOPs needed a step; the most memory in bytes; set-up."""
+
+    seconds: float
+    tokens: float
+    documents: float
+    flops: float
+    memory: int
+    setup: float
+
+
+def make_data(case: Case) -> tuple[Pretrain, Data, Units]:
+    """Random documents, enough that none comes twice in a measured run, and what the objective draws from them."""
+    pretrain = Pretrain.model_validate({"num_tokens": 10**10, "warmup_fraction": 0.001} | case.pretrain)
+    size = case.config["vocab_size"]
+    vocabulary = Vocabulary(prefix_id=0, suffix_id=2, pad_id=1, mask_id=4, special_ids=[0, 1, 2, 3, 4], size=size)
+    rng = np.random.default_rng(0)
+    low, high = case.lengths
+    offsets = np.concatenate([[0], np.cumsum(rng.integers(low, high + 1, 4000))]).astype(np.int64)
+    store = TokenStore(rng.integers(5, size, offsets[-1], dtype=np.int32), offsets)
+    categories = rng.integers(0, CATEGORIES, 4000) if pretrain.objective == "metadata" else None
+    corpus = Corpus.model_construct(max_length=512, long_documents="truncate")
+    units = UNITS[pretrain.objective](store, np.arange(4000), vocabulary, corpus, pretrain, 0)
+    return pretrain, Data(store, {}, vocabulary, categories, CATEGORIES if categories is not None else 0), units
+
+
+def make_training(case: Case, pretrain: Pretrain, data: Data, compiled: str, world: World = ALONE) -> Training:
+    """As a trial makes it, from random weights."""
+    learner = Learner(make_roberta(case.config), pretrain, data.num_categories).to(f"cuda:{world.rank}")
+    prepare_encoder(learner, Resources(compile=compiled), world)  # type: ignore[arg-type]
+    return Training(learner, make_optimizer(learner, pretrain), Progress())
+
+
+def draw_inputs(case: Case, steps: int) -> list[tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]]:
+    """Of each step the anchors (or texts) and the positives, unmasked: what a peer gets."""
+    pretrain, _, units = make_data(case._replace(pretrain=case.pretrain | {"mlm": {"mask_fraction": 0.0}}))
+    drawn = []
+    places = iterate_steps(units, pretrain.batch_tokens, 0, Place(0, 0))
+    for _ in range(steps):
+        step = next(places)
+        inputs = units.build(step.epochs, step.units)
+        parts = np.split(inputs.input_ids, inputs.offsets[1:-1])
+        drawn.append((parts[: len(inputs.rows)], parts[len(inputs.rows) :]))
+    return drawn
+
+
+def measure(
+    case: Case, repeats: int, steps: int, compiled: str = "always", world: World = ALONE, profile: str | None = None
+) -> Ours:
+    """Runs the loop; the medians are over repeats of `steps` steps."""
+    pretrain, data, units = make_data(case)
+    training = make_training(case, pretrain, data, compiled, world)
+    progress = training.progress
+    begun = time.perf_counter()
+
+    def go(number: int) -> None:
+        # Steps are all but full.
+        train(training, units, data, pretrain, 0, progress.tokens + int((number - 0.5) * pretrain.batch_tokens), world)
+        torch.cuda.synchronize()
+
+    go(12)
+    setup = time.perf_counter() - begun
+    torch.cuda.reset_peak_memory_stats()
+    rows = []
+    for _ in range(repeats):
+        before = (progress.step, progress.tokens, progress.flops, count_seen(progress, units))
+        begun = time.perf_counter()
+        go(steps)
+        seconds = time.perf_counter() - begun
+        after = (progress.step, progress.tokens, progress.flops, count_seen(progress, units))
+        num = after[0] - before[0]
+        rows.append([seconds / num, *((b - a) / num for a, b in zip(before[1:], after[1:], strict=True))])
+    if profile:
+        with torch.profiler.profile() as found:
+            go(4)
+        table = found.key_averages().table(sort_by="self_cuda_time_total", row_limit=60, max_name_column_width=90)
+        with open(profile, "w") as file:
+            file.write(table)
+    seconds, tokens, flops, documents = (statistics.median(column) for column in zip(*rows, strict=True))
+    return Ours(seconds, tokens, documents, flops, torch.cuda.max_memory_allocated(), setup)
+
+
+def count_seen(progress: Progress, units: Units) -> float:
+    """Documents or texts so far; those taken ahead of their place are of the next steps as often as of the last."""
+    return float(progress.epoch * units.num + progress.position)
+
+
+def measure_peak() -> float:
+    """FLOP/s of a large bf16 matrix product."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    times = []
+    for _ in range(12):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(10):
+            a @ b
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e4)
+    return 2 * 8192.0**3 / statistics.median(times[2:])
+
+
+def _work(rank: int, size: int, cases: Sequence[Case], repeats: int, steps: int, queue: Any) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
+    torch.cuda.set_device(rank)
+    dist.init_process_group("nccl", rank=rank, world_size=size)
+
+    def broadcast(value: Any) -> Any:
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    for case in cases:
+        found = measure(case, repeats, steps, world=World(rank, size, broadcast))
+        if rank == 0:
+            queue.put(tuple(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def measure_workers(cases: Sequence[Case], size: int, repeats: int, steps: int) -> list[Ours]:
+    """Each case on `size` GPUs, a process each."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    processes = [context.Process(target=_work, args=(rank, size, cases, repeats, steps, queue)) for rank in range(size)]
+    for process in processes:
+        process.start()
+    found = [Ours(*queue.get(timeout=500)) for _ in cases]
+    for process in processes:
+        process.join()
+    return found
