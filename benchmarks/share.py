@@ -173,6 +173,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=load.tokens, help="of each trial (default %(default)s)")
     parser.add_argument("--step", type=int, default=load.step, help="tokens a step (default %(default)s)")
     parser.add_argument("--trials", type=int, default=load.trials, help="at each setting (default %(default)s)")
+    parser.add_argument("--compile", choices=["auto", "always", "never"], default="auto")
     parser.add_argument("--cpus", type=int, default=2, help="shared by the trials where there is no GPU")
     options = parser.parse_args()
     load = load._replace(tokens=options.tokens, step=options.step, trials=options.trials)
@@ -186,6 +187,7 @@ def main() -> None:
             # On a GPU a trial has the same CPUs however many share it; without one, the CPUs are what is shared.
             there, sharing = (os.cpu_count() or 1, max(options.at_once)) if gpu else (options.cpus, at_once)
             resources = {"cpus_per_worker": max(1, there // sharing), "gpus_per_worker": 1 / at_once if gpu else 0}
+            resources["compile"] = options.compile
             found.append(measure(folder, notes / "notes.parquet", at_once, load, resources))
             print(json.dumps(found[-1]), flush=True)
     base = found[0]["tokens_per_second"]

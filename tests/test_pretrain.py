@@ -196,7 +196,8 @@ def test_the_first_step_that_is_not_finite_is_named():
     progress = Progress(step=7, tokens=700, sums={"loss": 1.0, "documents": 3.0}, flops=5.0)
     meter = Meter(progress, ALONE, CPU, 1e9)
     losses = [2.0, 0.5, math.inf, 1.0, math.nan]
-    fed = Fed(Step(np.arange(2), np.zeros(2, int), 100, Place(0, 2)), [], 5, 0, 128, 150, 10.0, 0.25)
+    step = Step(np.arange(2), np.zeros(2, int), np.array([60, 40]), 100, Place(0, 2))
+    fed = Fed(step, (), 5, 0, 128, 150, 10.0, None, 0.25)
     for place, loss in enumerate(losses[:2]):
         meter.add({"loss": torch.tensor(loss)}, fed, 700 + 100 * place)
     progress.step = 9

@@ -59,7 +59,7 @@ def test_a_trial_without_memory_is_told_what_to_set(gpus, make_spec, tmp_path):
     row = read_trial(tmp_path, spec.job, spec.trial_id)
     assert row["status"] == "failed"
     assert row["error"].startswith("OutOfMemoryError at trial.py:")
-    wanted = "resources.gpus_per_worker: 0.25 of" if gpus else "the GPU's memory is full: lower batch_tokens"
+    wanted = "resources.gpus_per_worker: 0.25 of" if gpus else "the GPU's memory is full; lower resources.chunk_tokens"
     assert wanted in row["error"]
     assert "note" not in row["error"]
     assert "\n" not in row["error"]

@@ -139,6 +139,7 @@ def test_the_peak_is_measured_once_in_a_precision():
 
 
 def test_laps_have_peaks_of_their_own():
+    """Of some pages the system's count lags."""
     reset_peak(CPU)
     before = read_peak(CPU)
     taken = np.ones(100 * 2**17)
@@ -147,11 +148,12 @@ def test_laps_have_peaks_of_their_own():
     del taken
     start_lap(CPU)
     assert read_lap(CPU) < high - 50 * 2**20
-    assert read_peak(CPU) == high
+    assert read_peak(CPU) == pytest.approx(high, abs=2**20)
     taken = np.ones(200 * 2**17)
-    assert read_peak(CPU) == read_lap(CPU) > high
+    assert read_peak(CPU) == pytest.approx(read_lap(CPU), abs=2**20)
+    assert read_lap(CPU) > high + 50 * 2**20
     del taken
     start_lap(CPU, counted=False)
-    assert read_peak(CPU) == high
+    assert read_peak(CPU) == pytest.approx(high, abs=2**20)
     reset_peak(CPU)
     assert read_peak(CPU) < high - 50 * 2**20

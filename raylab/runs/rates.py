@@ -138,7 +138,7 @@ def count_slots(job: Job) -> tuple[int, str]:
     resources, where = job.resources, "a cluster may hold more"
     if resources.max_concurrent_trials is not None:
         return resources.max_concurrent_trials, "resources.max_concurrent_trials"
-    if resources.gpus_per_worker or (resources.gpus_per_worker is None and _has_gpu()):
+    if _wants_gpu(job):
         return max(int(1 / (resources.gpus_per_worker or 1.0) + 1e-6), 1), f"as many as fit on one GPU; {where}"
     fit = (os.cpu_count() or 1) // (resources.cpus_per_worker * resources.workers)
     return max(fit, 1), f"as many as fit on this machine; {where}"
@@ -249,12 +249,12 @@ def _measure_evaluation(results: Path, name: str) -> tuple[float | None, int]:
 
 def _try_kind(preparation: Preparation, part: Work, seconds: float) -> Rate:
     """Tried out once on a machine, and kept as a stage: importing what trains takes longer than all else of a plan."""
-    resources = part.job.resources
-    if resources.gpus_per_worker or _has_gpu():
-        return Rate(None, "no like trial has run; the first one's curve will tell")
+    resources, gpu = part.job.resources, _wants_gpu(part.job)
+    if gpu and not _has_gpu():
+        return Rate(None, "no like trial has run, and there is no GPU here to try it out")
     threads = resources.cpus_per_worker
     versions = [metadata.version(name) for name in ("raylab", "torch", "transformers")]
-    machine = [platform.node(), platform.machine(), os.cpu_count()]
+    machine = [platform.node(), platform.machine(), os.cpu_count(), gpu]
     key = {"like": list(make_key(part.job)), "threads": threads, "machine": machine, "versions": versions}
 
     def build(folder: Path) -> dict[str, Any]:
@@ -265,10 +265,15 @@ def _try_kind(preparation: Preparation, part: Work, seconds: float) -> Rate:
 
     rate = build_stage(preparation.results, "rate", key, build).info["tokens_per_second"]
     if rate is None:
-        return Rate(None, "no like trial has run, and a step takes too long to try it out on this machine's CPU")
+        return Rate(None, "no like trial has run, and it could not be tried out here in a second")
+    where = "GPU, uncompiled" if gpu else f"CPU, {threads} thread{'s' * (threads > 1)}"
     many = f", times {resources.workers} workers" if resources.workers > 1 else ""
-    where = f"tried out on this machine's CPU, {threads} thread{'s' * (threads > 1)}{many}"
-    return Rate(rate * resources.workers, where)
+    return Rate(rate * resources.workers, f"tried out on this machine's {where}{many}")
+
+
+def _wants_gpu(job: Job) -> bool:
+    wanted = job.resources.gpus_per_worker
+    return _has_gpu() if wanted is None else wanted > 0
 
 
 def _has_gpu() -> bool:

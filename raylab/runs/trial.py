@@ -114,8 +114,8 @@ def _tell_more(error: BaseException, spec: TrialSpec) -> str:
         return "'raylab run JOB.yaml --here --debug' shows more"
     share = spec.settings.resources.gpus_per_worker
     if share is not None and share < 1:
-        return f"resources.gpus_per_worker: {share:g} of the GPU's memory is full; set more, or lower batch_tokens"
-    return "the GPU's memory is full: lower batch_tokens, or raise pretrain.accumulation"
+        return f"resources.gpus_per_worker: {share:g} of the GPU's memory is full; set more, or lower chunk_tokens"
+    return "the GPU's memory is full; lower resources.chunk_tokens"
 
 
 def _check_driver(spec: TrialSpec) -> None:
