@@ -197,7 +197,7 @@ def test_the_first_step_that_is_not_finite_is_named():
     meter = Meter(progress, ALONE, CPU, 1e9)
     losses = [2.0, 0.5, math.inf, 1.0, math.nan]
     step = Step(np.arange(2), np.zeros(2, int), np.array([60, 40]), 100, Place(0, 2))
-    fed = Fed(step, (), 5, 0, 128, 150, 10.0, None, 0.25)
+    fed = Fed(step, (), torch.tensor([5.0, 0.0]), 128, 150, 10.0, None, 0.25)
     for place, loss in enumerate(losses[:2]):
         meter.add({"loss": torch.tensor(loss)}, fed, 700 + 100 * place)
     progress.step = 9

@@ -1,6 +1,7 @@
 """The training loop of pre-training: steps of a fixed number of tokens, AdamW, and checkpoints without pickle."""
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -284,7 +285,11 @@ def train(
     model: nn.Module = learner
     if world.size > 1:
         model = DistributedDataParallel(
-            learner, find_unused_parameters=True, broadcast_buffers=False, bucket_cap_mb=BUCKET_MB
+            learner,
+            # A head whose loss weighs nothing has no gradients.
+            find_unused_parameters=not pretrain.mlm.weight,
+            broadcast_buffers=False,
+            bucket_cap_mb=BUCKET_MB,
         )
     learner.train()
     weights = loss_weights(pretrain)
@@ -293,7 +298,9 @@ def train(
     meter = Meter(progress, world, device, peak)
     capacity = None
     if learner.dropout is not None:
-        share = -(-pretrain.batch_tokens // (pretrain.accumulation * world.size))
+        # Shares are even to a hundredth or three.
+        slack = 1.03 if pretrain.accumulation * world.size > 1 else 1.0
+        share = math.ceil(slack * pretrain.batch_tokens / (pretrain.accumulation * world.size))
         capacity = min(share, chunk_tokens or share)
     feeds = feed(
         units,
