@@ -11,12 +11,11 @@ from transformers import AutoModel, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from raylab.base.mistakes import JobError
 from raylab.data.tokens import Vocabulary
-from raylab.job.blocks import EncoderConfig
+from raylab.job.blocks import WIDE, EncoderConfig
 from raylab.training.batches import pad_rows
 from raylab.training.embedding import embed
 from raylab.training.encoder import (
     HEADS,
-    WIDE,
     build_encoder,
     choose_device,
     encode,

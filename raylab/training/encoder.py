@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from raylab.base.mistakes import InfeasibleError, JobError
 from raylab.data.tokens import Vocabulary
-from raylab.job.blocks import EncoderConfig
+from raylab.job.blocks import WIDE, EncoderConfig
 
 # Shapes: B texts, T tokens, D hidden size, V vocabulary, S selected tokens.
 
@@ -28,10 +28,8 @@ HEADS = {
     "modernbert": lambda model, hidden: model.head(hidden),
 }
 
-# What a processor must have for products in bf16 to be faster than in float32, by torch's names; and how wide an
-# encoder must be for that to outweigh what bf16 costs between them.
+# What a processor must have for products in bf16 to be faster than in float32, by torch's names.
 FAST_BF16 = ("amx_bf16", "avx512_bf16")
-WIDE = 128
 
 
 class Layers(NamedTuple):
