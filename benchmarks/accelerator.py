@@ -95,6 +95,7 @@ def measure(
     case: Case, repeats: int, steps: int, compiled: str = "always", world: World = ALONE, profile: str | None = None
 ) -> Ours:
     """Runs the loop; the medians are over repeats of `steps` steps."""
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     pretrain, data, units = make_data(case)
     training = make_training(case, pretrain, data, compiled, world)
@@ -124,7 +125,7 @@ def measure(
         with open(profile, "w") as file:
             file.write(table)
     seconds, tokens, flops, documents = (statistics.median(column) for column in zip(*rows, strict=True))
-    return Ours(seconds, tokens, documents, flops, torch.cuda.max_memory_allocated(), setup)
+    return Ours(seconds, tokens, documents, flops, torch.cuda.max_memory_reserved(), setup)
 
 
 def count_seen(progress: Progress, units: Units) -> float:
@@ -223,6 +224,7 @@ def measure_scaling(size: int, repeats: int, steps: int) -> dict[str, float]:
             rates.append(ours.tokens / ours.seconds)
             print(f"{name}, {workers} GPUs: {rates[-1]:.0f} tokens a second, {describe(ours, 1e15)}", flush=True)
         found[name] = round(rates[1] / (size * rates[0]), 3)
+        print(f"{name}: {found[name]} of linear", flush=True)
     return {f"scaling_{size}": found["declutr"], f"scaling_{size}_small": found["small_declutr"]}
 
 

@@ -150,7 +150,8 @@ def main() -> None:
             points, training = run_ours(*trial)
             error = measure_error(trial[0], trial[1], training)
             results |= {
-                "budget": training.progress.tokens, "last_mlm": points["mlm"][-1], "last_declutr": points["declutr"][-1],
+                "budget": training.progress.tokens,
+                "last_mlm": points["mlm"][-1], "last_declutr": points["declutr"][-1],
                 "retrieval_error_untrained": round(untrained, 4), "retrieval_error": round(error, 4),
                 "error_cut": round(1 - error / untrained, 4),
             }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Peak memory of a stretch of work: of the process on a CPU, of torch's allocations on a GPU."""
+"""Peak memory of a stretch of work: of the process on a CPU, on a GPU what torch holds of it."""
 
 import contextlib
 import ctypes
@@ -61,7 +61,8 @@ def _reset(device: torch.device) -> None:
 def read_lap(device: torch.device) -> int:
     """Bytes since the last `start_lap` or `reset_peak`."""
     if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
+        # Not what is allocated: what a CUDA graph writes to when it is replayed counts there only while it is recorded.
+        return int(torch.cuda.max_memory_reserved(device))
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text().splitlines()
         return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024

@@ -70,7 +70,7 @@ def profile_encoder(path: str, load: Load, tell: Callable[[str], None] = lambda 
     kept: embeddings [10,000, D] are there; some are picked, and the same head gives class scores: no length.
     p50_ms, p95_ms: milliseconds a batch, over `repeats` calls (fewer, 3 at least, where `seconds` are over) after a
     warm-up; the way to the device and back counts. texts_per_s, tokens_per_s: at p50. peak_mb: megabytes of the
-    process, torch itself included (cpu), or that torch allocated (cuda). kept_speedup: p50 of encode over that of kept
+    process, torch itself included (cpu), or that torch held (cuda). kept_speedup: p50 of encode over that of kept
     at the same device, precision and batch. What does not fit a GPU has null numbers. Raises JobError.
     """
     lengths = check_load(load, inspect_encoder(path, None)["positions"])
