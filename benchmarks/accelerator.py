@@ -6,14 +6,15 @@ Texts are random tokens: 4,000 documents with room for spans of 32 to 512 tokens
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from queue import Empty
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from recipes import make_roberta, run_declutr, run_pairs, run_trainer
+from recipes import Measured, make_roberta, run_declutr, run_pairs, run_trainer
 from torch import multiprocessing
 
 from raylab.base.world import ALONE, World
@@ -92,9 +93,15 @@ def draw_inputs(case: Case, steps: int) -> list[tuple[list[NDArray[np.int64]], l
 
 
 def measure(
-    case: Case, repeats: int, steps: int, compiled: str = "always", world: World = ALONE, profile: str | None = None
+    case: Case,
+    repeats: int,
+    steps: int,
+    compiled: str = "always",
+    world: World | None = None,
+    profile: str | None = None,
 ) -> Ours:
-    """Runs the loop; the medians are over repeats of `steps` steps."""
+    """Runs the loop, by default on one GPU; the medians are over repeats of `steps` steps."""
+    world = world or ALONE
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     pretrain, data, units = make_data(case)
@@ -161,39 +168,60 @@ def describe(ours: Ours, peak: float) -> dict[str, float]:
     }
 
 
+def _send(queue: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    queue.put(tuple(function(*arguments)))
+
+
+def run_apart(function: Callable[..., Any], *arguments: Any) -> tuple[Any, ...]:
+    """A function's named tuple, from a process of its own: what ran before, profilers above all, slows what follows."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=_send, args=(queue, function, arguments))
+    process.start()
+    while True:
+        try:
+            found: tuple[Any, ...] = queue.get(timeout=2)
+            break
+        except Empty:
+            if not process.is_alive():
+                raise SystemExit(f"{function.__name__} failed") from None
+    process.join()
+    return found
+
+
 def compare_peers(repeats: int, steps: int, profile: str | None = None) -> dict[str, Any]:
-    """Every case on one GPU, its peer before it; prints as it goes, and returns the figures and what they are of."""
+    """Every case on one GPU, peers first; prints as it goes, and returns the figures and what they are of."""
     cases, peak = make_cases(), measure_peak()
+    torch.cuda.empty_cache()
     print(f"{torch.cuda.get_device_name()}: {peak / 1e12:.0f} TFLOP/s, torch {torch.__version__}", flush=True)
     peers: dict[str, dict[str, float]] = {}
 
-    def note(name: str, documents: float, tokens: float, found: Any) -> None:
+    def note(name: str, documents: float, tokens: float, function: Callable[..., Any], *arguments: Any) -> None:
+        found = Measured(*run_apart(function, *arguments))
         peers[name] = {
             "documents_per_second": documents / found.seconds,
             "tokens_per_second": tokens / found.seconds,
             "peak_memory_gb": found.memory / 1e9,
         }
         print(name, peers[name], flush=True)
-        torch.cuda.empty_cache()
 
     drawn = draw_inputs(cases["declutr"], 12)
     tokens = statistics.mean(sum(len(part) for part in a + p) for a, p in drawn)
     documents = statistics.mean(len(a) for a, _ in drawn) / SPANS["num_anchors"]
     dropout = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
-    note("recipe", documents, tokens, run_declutr(BASE | dropout, drawn, SPANS["num_positives"], repeats, 12))
+    note("recipe", documents, tokens, run_declutr, BASE | dropout, drawn, SPANS["num_positives"], repeats, 12)
     batch = 64
-    note("trainer", batch, batch * 512, run_trainer(BASE | dropout, 512, batch, repeats, steps))
+    note("trainer", batch, batch * 512, run_trainer, BASE | dropout, 512, batch, repeats, steps)
     drawn = draw_inputs(cases["pairs"], (10 + repeats * steps) // 4)
     pairs = [pair for a, p in drawn for pair in zip(a, p, strict=True)]
     size = round(statistics.mean(len(a) for a, _ in drawn))
     tokens = size * statistics.mean(len(a) + len(p) for a, p in pairs)
-    note("pairs", size / SPANS["num_anchors"], tokens, run_pairs(BASE | dropout, pairs, size, repeats, steps))
+    note("pairs", size / SPANS["num_anchors"], tokens, run_pairs, BASE | dropout, pairs, size, repeats, steps)
     found: dict[str, dict[str, float]] = {}
     for name, case in cases.items():
-        found[name] = describe(measure(case, repeats, 2 * steps, profile=profile and f"{profile}-{name}.txt"), peak)
+        kept = profile and f"{profile}-{name}.txt"
+        found[name] = describe(Ours(*run_apart(measure, case, repeats, 2 * steps, "always", None, kept)), peak)
         print(name, found[name], flush=True)
-        torch._dynamo.reset()
-        torch.cuda.empty_cache()
 
     def ratio(ours: str, peer: str, unit: str) -> float:
         return round(found[ours][unit] / peers[peer][unit], 3)

@@ -38,6 +38,14 @@ def test_several_workers_of_one_trial_share_no_gpu(make_job):
         make_job("mlm", {"resources": {"gpus_per_worker": gpus, "workers": 2}})
 
 
+def test_nothing_is_compiled_without_a_gpu(make_job):
+    with pytest.raises(JobError) as error:
+        make_job("mlm", {"resources": {"gpus_per_worker": 0, "compile": "always"}})
+    [line] = error.value.problems
+    assert line.startswith("resources: 'compile: always' is for GPUs")
+    assert make_job("mlm", {"resources": {"gpus_per_worker": 0}}).resources.compile == "auto"
+
+
 def test_shares_and_what_cuda_takes_fit_on_the_gpu():
     for share in (0.5, 0.25, 0.1):
         total = 80 * GIGABYTE

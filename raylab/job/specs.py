@@ -174,7 +174,9 @@ class Resources(Model):
     )
 
     @model_validator(mode="after")
-    def _whole_gpus(self) -> Self:
+    def _fits_gpus(self) -> Self:
+        if self.compile == "always" and self.gpus_per_worker == 0:
+            raise ValueError("'compile: always' is for GPUs; set 'compile' to auto, or 'gpus_per_worker' above 0")
         if self.workers > 1 and 0 < (self.gpus_per_worker or 0) < 1:
             raise ValueError(
                 "several 'workers' need whole GPUs, since NCCL joins no two on one; set 'gpus_per_worker' to 1, or "

@@ -13,8 +13,9 @@ from torch.utils._triton import has_triton
 LEAST_SECONDS = 60.0
 # What uncompiled steps do a second on a Hopper GPU at most: small encoders are bound by launches, not by operations.
 EAGER_FLOPS, EAGER_TOKENS = 1.7e14, 1.2e6
-# Rows of a full step grow by this share of it, where its texts don't fit.
-SHARE = 16
+# Rows that hold less than a full one shrink by steps of this share of it; those of workers whose share of a step is a
+# little more than the mean grow by a finer one.
+LESS, MORE = 16, 64
 
 
 def can_compile(device: torch.device) -> bool:
@@ -30,12 +31,16 @@ def pays(flops: float, num_tokens: int) -> bool:
 
 def choose_room(num_tokens: int, capacity: int) -> int:
     """Tokens of a row of fixed shape that holds `num_tokens`, where a full one holds `capacity`; a multiple of 128."""
-    step = 128 * math.ceil(capacity / 128 / SHARE)
-    full = 128 * math.ceil(capacity / 128)
+    full = _round_up(capacity)
+    step = _round_up(capacity / (LESS if num_tokens <= full else MORE))
     return full + step * math.ceil((num_tokens - full) / step)
 
 
-def _round(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+def _round_up(num_tokens: float) -> int:
+    return 128 * math.ceil(num_tokens / 128)
+
+
+def _round_norm(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
     return output.to(torch.bfloat16) if module.training and torch.is_autocast_enabled("cuda") else output
 
 
@@ -43,7 +48,7 @@ def round_norms(model: nn.Module) -> None:
     """Lets layer norms give bf16 where an encoder trains in it on a GPU: float32 within, half the bytes to move."""
     for module in model.base_model.modules():  # type: ignore[union-attr]
         if isinstance(module, nn.LayerNorm):
-            module.register_forward_hook(_round)
+            module.register_forward_hook(_round_norm)
 
 
 def compile_encoder(model: nn.Module, *, graphs: bool) -> None:
@@ -53,5 +58,5 @@ def compile_encoder(model: nn.Module, *, graphs: bool) -> None:
     workers while others are computed.
     """
     # Rows that don't fit the usual room have other shapes; past the limit torch would go on uncompiled.
-    torch._dynamo.config.recompile_limit = 2 * SHARE
+    torch._dynamo.config.recompile_limit = 2 * LESS
     model.base_model.compile(dynamic=False, mode="reduce-overhead" if graphs else None)  # type: ignore[union-attr]

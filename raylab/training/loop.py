@@ -1,7 +1,6 @@
 """The training loop of pre-training: steps of a fixed number of tokens, AdamW, and checkpoints without pickle."""
 
 import json
-import math
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -290,6 +289,7 @@ def train(
             find_unused_parameters=not pretrain.mlm.weight,
             broadcast_buffers=False,
             bucket_cap_mb=BUCKET_MB,
+            gradient_as_bucket_view=True,
         )
     learner.train()
     weights = loss_weights(pretrain)
@@ -298,9 +298,7 @@ def train(
     meter = Meter(progress, world, device, peak)
     capacity = None
     if learner.dropout is not None:
-        # Shares are even to a hundredth or three.
-        slack = 1.03 if pretrain.accumulation * world.size > 1 else 1.0
-        share = math.ceil(slack * pretrain.batch_tokens / (pretrain.accumulation * world.size))
+        share = -(-pretrain.batch_tokens // (pretrain.accumulation * world.size))
         capacity = min(share, chunk_tokens or share)
     feeds = feed(
         units,
