@@ -24,6 +24,7 @@ from raylab.job.specs import Resources
 from raylab.training.batches import UNITS, Place, Units, iterate_steps
 from raylab.training.loop import Data, Progress, Training, make_optimizer, prepare_encoder, train
 from raylab.training.objectives import Learner
+from raylab.training.speed import measure_peak
 
 BASE = {
     "vocab_size": 50_265, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
@@ -47,7 +48,8 @@ class Case(NamedTuple):
 
 
 class Ours(NamedTuple):
-    """Medians: seconds a step, tokens and documents a step; FLOPs needed a step; the most memory in bytes; set-up."""
+    """Medians: seconds a step, tokens and documents a step; FLOPs needed a step; the most bytes that torch held (a
+    CUDA graph's tensors count in no other number); seconds of set-up."""
 
     seconds: float
     tokens: float
@@ -191,8 +193,9 @@ def run_apart(function: Callable[..., Any], *arguments: Any) -> tuple[Any, ...]:
 
 def compare_peers(repeats: int, steps: int, profile: str | None = None) -> dict[str, Any]:
     """Every case on one GPU, peers first; prints as it goes, and returns the figures and what they are of."""
-    cases, peak = make_cases(), measure_peak()
-    torch.cuda.empty_cache()
+    cases = make_cases()
+    with torch.autocast("cuda", torch.bfloat16):
+        peak = measure_peak(torch.device("cuda"))
     print(f"{torch.cuda.get_device_name()}: {peak / 1e12:.0f} TFLOP/s, torch {torch.__version__}", flush=True)
     peers: dict[str, dict[str, float]] = {}
 
@@ -201,7 +204,9 @@ def compare_peers(repeats: int, steps: int, profile: str | None = None) -> dict[
         peers[name] = {
             "documents_per_second": documents / found.seconds,
             "tokens_per_second": tokens / found.seconds,
+            # Of tensors alone: padded shapes that change every step leave gaps, which a peer could do without.
             "peak_memory_gb": found.memory / 1e9,
+            "held_memory_gb": found.held / 1e9,
         }
         print(name, peers[name], flush=True)
 
@@ -250,25 +255,10 @@ def measure_scaling(size: int, repeats: int, steps: int) -> dict[str, float]:
             batch = {"batch_tokens": workers * case.pretrain["batch_tokens"]}
             (ours,) = measure_workers([case._replace(pretrain=case.pretrain | batch)], workers, repeats, steps)
             rates.append(ours.tokens / ours.seconds)
-            print(f"{name}, {workers} GPUs: {rates[-1]:.0f} tokens a second, {describe(ours, 1e15)}", flush=True)
+            print(f"{name}, {workers} GPUs: {rates[-1]:.0f} tokens a second, {ours}", flush=True)
         found[name] = round(rates[1] / (size * rates[0]), 3)
         print(f"{name}: {found[name]} of linear", flush=True)
     return {f"scaling_{size}": found["declutr"], f"scaling_{size}_small": found["small_declutr"]}
-
-
-def measure_peak() -> float:
-    """FLOP/s of a large bf16 matrix product."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    times = []
-    for _ in range(12):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(10):
-            a @ b
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e4)
-    return 2 * 8192.0**3 / statistics.median(times[2:])
 
 
 def _work(rank: int, size: int, cases: Sequence[Case], repeats: int, steps: int, queue: Any) -> None:

@@ -24,10 +24,11 @@ MASK, PAD = 4, 1
 
 
 class Measured(NamedTuple):
-    """Median seconds of a step, and the most memory at once in bytes that torch held, CUDA graphs' own included."""
+    """Median seconds of a step; the most bytes at once in tensors (`memory`), and that torch held for them."""
 
     seconds: float
     memory: int
+    held: int
 
 
 def measure_steps(step: Callable[[int], Any], warm: int, repeats: int, steps: int) -> Measured:
@@ -43,7 +44,7 @@ def measure_steps(step: Callable[[int], Any], warm: int, repeats: int, steps: in
             step(warm + repeat * steps + index)
         torch.cuda.synchronize()
         times.append((time.perf_counter() - begun) / steps)
-    return Measured(statistics.median(times), torch.cuda.max_memory_reserved())
+    return Measured(statistics.median(times), torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
 
 
 def make_roberta(config: dict[str, Any]) -> nn.Module:
@@ -140,7 +141,7 @@ class _Clock(TrainerCallback):  # type: ignore[misc]
     def measure(self) -> Measured:
         """Median over the spans."""
         times = np.diff(self.marks) / self.steps
-        return Measured(float(np.median(times)), torch.cuda.max_memory_reserved())
+        return Measured(float(np.median(times)), torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
 
 
 class _Rows(torch.utils.data.Dataset[dict[str, Tensor]]):

@@ -16,7 +16,7 @@ from raylab.results.tables import OF_A_RUN, read_rows, read_trial
 from raylab.runs.preparation import make_spec as prepared_spec
 from raylab.runs.preparation import prepare
 from raylab.runs.trial import run_trial
-from raylab.store.stages import read_info
+from raylab.store.stages import FOLDER, read_info
 from raylab.training.batches import Place, Step, iterate_steps
 from raylab.training.feed import Fed
 from raylab.training.loop import (
@@ -26,6 +26,7 @@ from raylab.training.loop import (
     learning_rate,
     load_training,
     make_optimizer,
+    save_training,
     train,
 )
 from raylab.training.objectives import Learner
@@ -343,3 +344,21 @@ def test_a_start_from_elsewhere_is_measured_once_and_no_drawn_head_is(start, mak
     assert first.stage_id == second.stage_id
     assert ("heldout_mlm_loss" in first.info) == ("heldout_mlm_accuracy" in first.info) == (start == "with a head")
     assert {"heldout_retrieval_accuracy", "heldout_unigram_entropy"} <= first.info.keys()
+
+
+def test_a_loss_that_weighs_nothing_is_left_out(make_spec, tmp_path):
+    """Its head has no gradients; going on from a rung gives what an unbroken run does."""
+    spec = make_spec("declutr", {"pretrain.mlm.weight": 0, "pretrain.rungs": 2})
+    data, pretrain = open_data(spec), spec.settings.pretrain
+    units, start = make_units(spec, data), start_rung(spec, data).path
+    whole = load_training(spec, data, start, resume=False)
+    train(whole, units, data, pretrain, spec.seed, 6000)
+    half = load_training(spec, data, start, resume=False)
+    train(half, units, data, pretrain, spec.seed, 3000)
+    save_training(half, Path(spec.results) / FOLDER / spec.tokenizer, tmp_path / "rung", last=False)
+    again = load_training(spec, data, tmp_path / "rung", resume=True)
+    train(again, units, data, pretrain, spec.seed, 6000)
+    assert whole.progress.step == again.progress.step
+    assert not [point for point in again.progress.curves if point["metric"] == "train_mlm_loss"]
+    for ours, theirs in zip(again.learner.parameters(), whole.learner.parameters(), strict=True):
+        assert torch.equal(ours, theirs)

@@ -44,6 +44,8 @@ def test_nothing_is_compiled_without_a_gpu(make_job):
     [line] = error.value.problems
     assert line.startswith("resources: 'compile: always' is for GPUs")
     assert make_job("mlm", {"resources": {"gpus_per_worker": 0}}).resources.compile == "auto"
+    with pytest.raises(JobError, match=r"resources\.compile: 'always' needs bf16"):
+        make_job("mlm", {"resources": {"compile": "always"}, "pretrain.precision": "float32"})
 
 
 def test_shares_and_what_cuda_takes_fit_on_the_gpu():

@@ -201,6 +201,8 @@ def check_settings(job: Job) -> list[str]:
     if pretrain.objective == "mlm" and pretrain.mlm.weight == 0:
         problems.append("pretrain.mlm.weight: 0 leaves objective mlm nothing to learn; use objective none, or raise it")
     if pretrain.objective != "none":
+        if job.resources.compile == "always" and pretrain.precision == "float32":
+            problems.append("resources.compile: 'always' needs bf16; set it to auto, or pretrain.precision to auto")
         if pretrain.num_tokens < pretrain.rungs * pretrain.batch_tokens:
             problems.append(
                 f"pretrain.num_tokens: {pretrain.num_tokens} is under rungs x batch_tokens "

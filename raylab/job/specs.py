@@ -170,7 +170,8 @@ class Resources(Model):
         None,
         ge=16,
         description="pre-training: tokens that pass through the encoder at once on a worker (a document's spans stay "
-        "together), for steps larger than memory with all their negatives: gradient caching; null: its whole share",
+        "together), for steps larger than memory with all their negatives: gradient caching; each chunk draws its "
+        "own dropout; null: its whole share",
     )
 
     @model_validator(mode="after")

@@ -45,9 +45,13 @@ def _round_norm(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
 
 
 def round_norms(model: nn.Module) -> None:
-    """Lets layer norms give bf16 where an encoder trains in it on a GPU: float32 within, half the bytes to move."""
-    for module in model.base_model.modules():  # type: ignore[union-attr]
-        if isinstance(module, nn.LayerNorm):
+    """Lets layer norms give bf16 where an encoder trains in it on a GPU: float32 within, half the bytes to move.
+
+    Not that of the embeddings: where norms stand before the layers (ModernBERT) it begins the sum that all layers add
+    to, which stays float32.
+    """
+    for name, module in model.base_model.named_modules():  # type: ignore[union-attr]
+        if isinstance(module, nn.LayerNorm) and "embeddings" not in name:
             module.register_forward_hook(_round_norm)
 
 
@@ -57,6 +61,9 @@ def compile_encoder(model: nn.Module, *, graphs: bool) -> None:
     Inside DistributedDataParallel torch cuts what it compiles at the buckets of gradients, so that some travel between
     workers while others are computed.
     """
+    # Of the trials that this process ran before, compiled code and the memory of its graphs would stay.
+    torch.compiler.reset()
+    torch.cuda.empty_cache()
     # Rows that don't fit the usual room have other shapes; past the limit torch would go on uncompiled.
     torch._dynamo.config.recompile_limit = 2 * LESS
     model.base_model.compile(dynamic=False, mode="reduce-overhead" if graphs else None)  # type: ignore[union-attr]

@@ -134,8 +134,10 @@ def load_training(spec: TrialSpec, data: Data, folder: Path, *, resume: bool, wo
         names = {id(p): name for name, p in learner.named_parameters()}
         for group in optimizer.param_groups:
             for p in group["params"]:
-                state = {k: tensors[f"{names[id(p)]}|{k}"] for k in ("step", "exp_avg", "exp_avg_sq")}
-                optimizer.state[p] = {k: v.to(p.device) for k, v in state.items()}
+                kept = {k: f"{names[id(p)]}|{k}" for k in ("step", "exp_avg", "exp_avg_sq")}
+                # A head whose loss weighs nothing has none.
+                if kept["step"] in tensors:
+                    optimizer.state[p] = {k: tensors[name].to(p.device) for k, name in kept.items()}
     return Training(learner, optimizer, progress)
 
 
@@ -151,7 +153,10 @@ def prepare_encoder(learner: Learner, resources: Resources, world: World) -> Non
     able = can_compile(device) and packs
     if wanted == "always" and not able:
         raise JobError(
-            ["resources.compile: 'always' needs bf16, an Ampere GPU, Triton and a C compiler; use 'auto' or 'never'"]
+            [
+                "resources.compile: 'always' needs bf16, an Ampere GPU or newer, attention heads of 8, 16, ... 256 "
+                "dimensions, Triton and a C compiler; use 'auto' or 'never'"
+            ]
         )
     flops = 6.0 * count_weights(learner.encoder) * pretrain.num_tokens / world.size
     if not able or wanted == "never" or (wanted == "auto" and not pays(flops, pretrain.num_tokens // world.size)):
@@ -293,6 +298,8 @@ def train(
         )
     learner.train()
     weights = loss_weights(pretrain)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what an evaluation left would count for the training
     with precision(device, half):
         peak = measure_peak(device)
     meter = Meter(progress, world, device, peak)

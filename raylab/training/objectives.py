@@ -111,7 +111,7 @@ def _mlm_loss(learner: Learner, hidden: Tensor, batch: Batch, totals: Totals) ->
         return {}
     # The head sees the masked tokens alone, its projection a part of them at a time.
     features, projection = project_from(learner.encoder, hidden.index_select(0, batch.selected))
-    summed = projected_cross_entropy(features, projection, batch.targets)
+    summed = projected_cross_entropy(features, projection, batch.targets, compiled=learner.dropout is not None)
     return {"mlm": summed * totals.workers / totals.selected.clamp(min=1)}
 
 

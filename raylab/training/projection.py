@@ -15,8 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from raylab.training.compilation import can_compile
-
 # Logits at once: few stay in a processor's cache, many keep a GPU busy.
 LOGITS = {"cpu": 2**22, "cuda": 2**26}
 # Rows of a projection are filled up to a multiple of this.
@@ -42,9 +40,16 @@ def _compare_fused(logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @functools.cache
-def _choose(device: torch.device) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """On GPUs compiled, where that can be: what is made of the logits on the way is several times their size."""
-    return torch.compile(_compare_fused) if can_compile(device) else _compare
+def _compile() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    return torch.compile(_compare_fused)
+
+
+def _compare_compiled(logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """`_compare` on GPUs: what is made of the logits on the way is several times their size."""
+    # No two steps mask as many tokens: one piece of code for all of them.
+    for tensor in (logits, wanted):
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    return _compile()(logits, wanted)
 
 
 def _align(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -65,20 +70,22 @@ def _align(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Ten
 
 class _ProjectedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, features: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, features: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, compiled: bool
+    ) -> Tensor:
         device = features.device.type
         half = torch.is_autocast_enabled(device)
         # Cast once, not with every part.
         with torch.autocast(device, enabled=False):
             dtype = torch.get_autocast_dtype(device) if half else features.dtype
             x, w, b = features.to(dtype), *_align(weight, bias, dtype)
-            to_x, to_w, to_b, _ = ctx.needs_input_grad
+            to_x, to_w, to_b, *_ = ctx.needs_input_grad
             d_x = torch.empty_like(x) if to_x else None
             d_w = torch.zeros(w.shape, dtype=weight.dtype, device=w.device) if to_w else None
             d_b = torch.zeros(len(w), dtype=weight.dtype, device=w.device) if bias is not None and to_b else None
             total = torch.zeros((), device=features.device)
             step = max(1, LOGITS[device] // len(w))
-            compare = _choose(features.device)
+            compare = _compare_compiled if compiled else _compare
             for start in range(0, len(x), step):
                 part, wanted = x[start : start + step], targets[start : start + step]
                 loss, gradient = compare(F.linear(part, w, b), wanted)
@@ -103,13 +110,15 @@ class _ProjectedLoss(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         saved = iter(ctx.saved_tensors)
         d_x, d_w, d_b = (next(saved) * gradients[0] if kept else None for kept in ctx.kept)
-        return None if d_x is None else d_x.to(ctx.dtype), d_w, d_b, None
+        return None if d_x is None else d_x.to(ctx.dtype), d_w, d_b, None, None
 
 
-def projected_cross_entropy(features: Tensor, projection: nn.Linear, targets: Tensor) -> Tensor:
+def projected_cross_entropy(
+    features: Tensor, projection: nn.Linear, targets: Tensor, *, compiled: bool = False
+) -> Tensor:
     """The sum of the cross-entropies of projection(features[K, D]) and targets[K], a float32 scalar.
 
     As `F.cross_entropy(projection(features).float(), targets, reduction="sum")`, also under autocast, with gradients.
     """
-    loss: Tensor = _ProjectedLoss.apply(features, projection.weight, projection.bias, targets)
+    loss: Tensor = _ProjectedLoss.apply(features, projection.weight, projection.bias, targets, compiled)
     return loss
