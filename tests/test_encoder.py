@@ -214,8 +214,8 @@ def test_inspection_finds_what_is_missing(encoder_folders, tmp_path):
         inspect_encoder(str(tmp_path / "cut"), None)
 
 
-def test_precision_is_what_the_machine_and_the_width_say(tmp_path):
-    """The processor's flags as the kernel lists them; narrow encoders stay in float32."""
+def test_precision_is_what_the_machine_and_the_width_say(monkeypatch):
+    """The processor's flags as the kernel lists them; narrow encoders stay in float32, also beside a GPU."""
     narrow, wide = (
         build_encoder(
             EncoderConfig(hidden_size=width, num_hidden_layers=1, num_attention_heads=4, intermediate_size=width),
@@ -226,9 +226,8 @@ def test_precision_is_what_the_machine_and_the_width_say(tmp_path):
     for model in (narrow, wide):
         assert is_half("bfloat16", model)
         assert not is_half("float32", model)
-    if choose_device().type == "cuda":
-        assert is_half("auto", narrow)
-        return
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_device().type == "cuda"
     assert not is_half("auto", narrow)
     flags = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")
     assert is_half("auto", wide) == any(flag in flags.split() for flag in ("amx_bf16", "avx512_bf16"))

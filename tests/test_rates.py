@@ -1,15 +1,18 @@
 """The rate and the time that a plan tells: from own trials, from like trials of other jobs, or tried out."""
 
+import os
+
 import pytest
 
 from raylab.job.jobs import dump_yaml
-from raylab.job.settings import list_measures
+from raylab.job.settings import list_measures, list_settings
 from raylab.results.tables import now, read_rows, read_trial, write_rows
 from raylab.runs import rates
 from raylab.runs.plan import plan_job
-from raylab.runs.preparation import make_spec, prepare
+from raylab.runs.preparation import make_spec, name_point, prepare
 from raylab.runs.rates import count_slots, make_key, tell_time
 from raylab.runs.trial import run_trial
+from raylab.training.dropout import QuickDropout
 
 SEEDS = {"search": {"design": "grid", "space": {"pretrain.learning_rate": [1e-3]}, "seeds": [0, 1, 2]}}
 
@@ -88,8 +91,10 @@ def test_own_trials_count_before_others(make_job, tmp_path):
         {"encoder.config.hidden_size": 32},
         {"encoder.config.num_hidden_layers": 1},
         {"encoder.tokenizer.vocab_size": 300},
+        {"pretrain.precision": "bfloat16"},
         {"device": "NVIDIA H100"},
         {"resources": {"workers": 2}},
+        {"resources": {"chunk_tokens": 100}},
     ],
 )
 def test_unlike_trials_of_other_jobs_tell_nothing(change, make_job, tmp_path, monkeypatch):
@@ -100,8 +105,43 @@ def test_unlike_trials_of_other_jobs_tell_nothing(change, make_job, tmp_path, mo
     other = job.model_copy(update={"name": "other", "resources": resources})
     write_trial(other, tmp_path, "x", (1.0, 1.0), device=change.get("device", "cpu"), changes=settings)
     assert plan_job(job, tmp_path)["tokens_per_second"] == pytest.approx(7.0)
-    write_trial(job.model_copy(update={"name": "third"}), tmp_path, "x", (1.0, 1.0))
+    # What auto is for a narrow encoder on a processor.
+    third = job.model_copy(update={"name": "third"})
+    write_trial(third, tmp_path, "x", (1.0, 1.0), changes={"pretrain.precision": "float32"})
     assert plan_job(job, tmp_path)["tokens_per_second"] == pytest.approx(1500)
+
+
+@pytest.mark.parametrize(
+    ("resources", "told"),
+    [({}, True), ({"gpus_per_worker": 1}, True), ({"gpus_per_worker": 0.5}, False), ({"compile": "never"}, False)],
+)
+def test_trials_on_a_gpu_are_alike_where_it_was_whole(resources, told, make_job, tmp_path):
+    """Of another job that says null, or 1; and auto is bf16 there."""
+    job = make_job("mlm", {**SEEDS, "resources": {"gpus_per_worker": 1}})
+    other = make_job("mlm", {"name": "other", "resources": resources})
+    write_trial(other, tmp_path, "x", (1.0, 1.0), device="NVIDIA H100", changes={"pretrain.precision": "bfloat16"})
+    assert plan_job(job, tmp_path)["tokens_per_second"] == (pytest.approx(1500) if told else None)
+
+
+def test_own_trials_tell_only_of_the_device_that_is_asked_for(make_job, tmp_path):
+    job = make_job("mlm", {**SEEDS, "resources": {"gpus_per_worker": 1}})
+    write_trial(job, tmp_path, "x", (1.0, 1.0))
+    assert plan_job(job, tmp_path)["tokens_per_second"] is None
+    write_trial(job, tmp_path, "y", (2.0, 2.0), device="NVIDIA H100")
+    assert plan_job(job, tmp_path)["tokens_per_second"] == pytest.approx(750)
+
+
+def test_trials_that_a_job_no_longer_asks_for_are_not_done(make_job, tmp_path):
+    search = {"design": "grid", "space": {"pretrain.learning_rate": [1e-3, 2e-3]}, "seeds": [0, 1, 2]}
+    whole, cut = make_job("mlm", {"search": search}), make_job("mlm", {**SEEDS, "search.seeds": [0, 3]})
+    for value in (1e-3, 2e-3):
+        arm, _ = name_point(prepare(whole, tmp_path), {"pretrain.learning_rate": value})
+        for seed in (0, 1, 2):
+            write_trial(whole, tmp_path, f"{arm}-{seed}", (1.0, 1.0), changes={"arm": arm, "seed": seed})
+    assert plan_job(whole, tmp_path)["evaluation_hours"] == 0
+    found = plan_job(cut, tmp_path)
+    assert (found["trials"], found["trials_done"]) == (2, 1)
+    assert found["evaluation_hours"] == pytest.approx(10 / 3600)
 
 
 def test_arms_have_rates_of_their_own(make_job, tmp_path):
@@ -151,6 +191,34 @@ def test_a_rate_is_tried_out_once(make_job, tmp_path, monkeypatch):
     assert plan_job(job, tmp_path)["rates"] == first["rates"]
 
 
+def test_steps_are_tried_out_as_a_trial_takes_them(make_job, tmp_path, monkeypatch):
+    from raylab.runs import tryout
+
+    changes = {"pretrain.accumulation": 2, "encoder.config.dropout": 0.1, "resources": {"chunk_tokens": 130}}
+    spec = make_spec(prepare(make_job("declutr", changes), tmp_path), {}, 0, "fixed")
+    taken, train = [], tryout.train
+
+    def watch(training, units, data, pretrain, *given, **named):
+        drops = {type(module).__name__ for module in training.learner.encoder.modules() if hasattr(module, "p")}
+        taken.append((pretrain.accumulation, named, drops))
+        train(training, units, data, pretrain, *given, **named)
+
+    monkeypatch.setattr(tryout, "train", watch)
+    assert tryout.try_out(spec, 0.1) > 0
+    assert taken[-1] == (2, {"chunk_tokens": 130}, {QuickDropout.__name__})
+
+
+def test_an_arm_that_can_not_work_is_not_the_rate_of_its_kind(make_job, tmp_path):
+    """The first is of spans that no document has; it is not kept either."""
+    space = {"pretrain.declutr.min_document_length": [100_000, 100]}
+    job = make_job("declutr", {"search": {"design": "grid", "space": space, "seeds": [0]}})
+    alone = make_job("declutr", {"pretrain.declutr.min_document_length": 100_000})
+    [rate] = plan_job(alone, tmp_path)["rates"]
+    assert rate["tokens_per_second"] is None
+    [rate] = plan_job(job, tmp_path)["rates"]
+    assert rate["tokens_per_second"] > 0
+
+
 def test_what_can_not_be_tried_out_has_no_rate(make_job, tmp_path):
     """A step of an encoder as wide as RoBERTa's would take seconds here; a GPU that isn't here can't be tried."""
     wide = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
@@ -171,6 +239,15 @@ def test_trials_at_once_on_a_gpu(gpus, fit, make_job):
     assert "one GPU" in why
 
 
+def test_trials_at_once_have_cpus_beside_a_gpu(make_job, monkeypatch):
+    monkeypatch.setattr(rates, "_has_gpu", lambda: True)
+    resources = {"gpus_per_worker": 0.25, "cpus_per_worker": os.cpu_count()}
+    slots, why = count_slots(make_job("mlm", {"resources": resources}))
+    assert slots == 1
+    assert "this machine" in why
+
+
 def test_settings_that_rates_are_told_by_exist(make_job):
-    assert make_key(make_job("mlm"))[0] == "mlm"
-    assert len(make_key(make_job("mlm"))) == len(rates.LIKE)
+    key = make_key(list_settings(make_job("mlm")), gpu=False)
+    assert key[0] == "mlm"
+    assert len(key) == len(rates.LIKE)

@@ -4,12 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 
-from raylab.base.memory import CONTEXT_BYTES, cut_share
+from raylab.base.memory import CONTEXT_BYTES, cut_share, share_memory
 from raylab.base.mistakes import JobError
 from raylab.results.tables import list_trials, read_trial
 from raylab.runs import sweep
@@ -56,6 +57,34 @@ def test_shares_and_what_cuda_takes_fit_on_the_gpu():
     assert cut_share(0.1, 8 * GIGABYTE) == 0.05  # of little memory torch keeps half
 
 
+@pytest.mark.parametrize(("share", "visible", "given"), [(0.0, "", []), (0.25, "0", [0.25 - 1 / 80]), (1.0, "0", [])])
+def test_torch_keeps_to_the_share(share, visible, given, monkeypatch):
+    """Of none the GPU is hidden: a fraction of 0 would leave one that nothing fits on."""
+    fractions = []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    memory = SimpleNamespace(total_memory=80 * GIGABYTE)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: memory)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fractions.append)
+    share_memory(share)
+    assert fractions == given
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == visible
+
+
+@pytest.mark.parametrize(("gpus", "visible"), [(0, ""), (None, "0")])
+def test_a_run_here_without_gpus_sees_none(gpus, visible, make_job, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    job = make_job("mlm", {"resources": {"gpus_per_worker": gpus}})
+    seen = []
+
+    def stop(schedule):
+        seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
+
+    monkeypatch.setattr(sweep, "_run_here", stop)
+    run_job(job, tmp_path, SweepProgress(Console(quiet=True)), here=True)
+    assert seen == [visible]
+
+
 @pytest.mark.parametrize("gpus", [0.25, None])
 def test_a_trial_without_memory_is_told_what_to_set(gpus, make_spec, tmp_path):
     """The error of the allocator ends the trial, its row names the setting; its message stays out."""
@@ -69,8 +98,9 @@ def test_a_trial_without_memory_is_told_what_to_set(gpus, make_spec, tmp_path):
     row = read_trial(tmp_path, spec.job, spec.trial_id)
     assert row["status"] == "failed"
     assert row["error"].startswith("OutOfMemoryError at trial.py:")
-    wanted = "resources.gpus_per_worker: 0.25 of" if gpus else "the GPU's memory is full; lower resources.chunk_tokens"
+    wanted = "resources.gpus_per_worker: 0.25 of" if gpus else "the GPU's memory is full; set resources.chunk_tokens"
     assert wanted in row["error"]
+    assert "lower evaluate.fine_tune.batch_size" in row["error"]
     assert "note" not in row["error"]
     assert "\n" not in row["error"]
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import os
 import resource
 from pathlib import Path
 
@@ -16,8 +17,13 @@ CONTEXT_BYTES = 2**30
 
 
 def share_memory(share: float) -> None:
-    """Keeps torch in this process to a share of its GPU's memory, so that trials beside it keep theirs."""
-    if share < 1 and torch.cuda.is_available():
+    """Keeps torch in this process to a share of its GPU's memory, so that trials beside it keep theirs.
+
+    A share of 0 hides the GPUs, if none was used yet: whether Ray hides them differs between its versions.
+    """
+    if share == 0:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif share < 1 and torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(cut_share(share, total))
 

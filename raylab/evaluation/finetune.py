@@ -31,7 +31,7 @@ from raylab.evaluation.heads import (
 from raylab.job.blocks import FineTune
 from raylab.training.batches import Ints
 from raylab.training.dropout import quicken
-from raylab.training.encoder import choose_device, precision
+from raylab.training.encoder import find_device, precision
 from raylab.training.feed import move
 from raylab.training.packing import encode_packed, fits_kernel, lay_out, pool_segments
 
@@ -39,11 +39,6 @@ from raylab.training.packing import encode_packed, fits_kernel, lay_out, pool_se
 EVAL_TOKENS = {"cpu": 2048, "cuda": 16_384}
 STATE = "state.safetensors"
 OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")
-
-
-def find_device(above: nn.Module) -> torch.device:
-    """Where a part of an encoder is; it may have no parameters."""
-    return next((p.device for p in above.parameters()), choose_device())
 
 
 def pack_pieces(texts: Texts, pieces: Ints) -> tuple[Tensor, Tensor, Ints]:

@@ -57,6 +57,7 @@ def _plan_arms(preparation: Preparation) -> dict[str, Any]:
     job, results = preparation.job, preparation.results
     infeasible: list[str] = []
     seeds, confirm = job.search.seeds, job.search.confirm
+    known: set[str] | None = None
     if job.search.design in ADAPTIVE:
         # Which arms a search will ask for isn't known: each may have a pre-training of its own.
         arms = job.search.num_arms or 0
@@ -66,7 +67,7 @@ def _plan_arms(preparation: Preparation) -> dict[str, Any]:
         work = share_work(job, tokens)
     else:
         points: list[dict[str, Any]] = []
-        known: set[str] = set()
+        known = set()
         for values in list_points(job):
             try:
                 arm, _ = name_point(preparation, values)
@@ -82,11 +83,14 @@ def _plan_arms(preparation: Preparation) -> dict[str, Any]:
         pretrainings, found = len(chains), sum(there for there, _ in chains.values())
         work = [part for there, part in chains.values() if not there]
         tokens = sum(part.longest for part in work)
+    started = {*seeds, *(confirm.seeds if confirm else ())}
     done = [
         row
         for row in list_trials(results, job.name)
         if row["status"] == "complete" and not row["arm"].startswith("baseline")
-    ]
+        # Not what an earlier form of the job asked for.
+        and row["seed"] in started and (known is None or row["phase"] == "confirm" or row["arm"] in known)
+    ]  # fmt: skip
     weights = _weight_bytes(job, preparation)
     rungs, running = job.pretrain.rungs, job.resources.max_concurrent_trials or 1
     return {
@@ -96,14 +100,14 @@ def _plan_arms(preparation: Preparation) -> dict[str, Any]:
         "trials_with_pretraining": needed,
         "pretrainings": pretrainings,
         "pretrainings_found": found,
-        "encoder_starts": len({*seeds, *(confirm.seeds if confirm else ())}),
+        "encoder_starts": len(started),
         "tokens": tokens,
         # While it runs all rungs stay, and AdamW's two numbers a weight of those that train.
         "disk_bytes": weights * (pretrainings * rungs + 2 * running),
         "disk_kept_bytes": weights * pretrainings * (rungs if job.limits.checkpoints == "all" else 1),
         "disk_free_bytes": shutil.disk_usage(next(p for p in (results, *results.parents) if p.exists())).free,
         "cant_work": infeasible,
-    } | plan_time(preparation, work, trials - len(done))
+    } | plan_time(preparation, work, max(trials - len(done), 0))
 
 
 def plan_comparisons(job: Job) -> dict[str, Any]:

@@ -11,26 +11,29 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from raylab.base.mistakes import DamagedError, JobError
+from raylab.base.identity import canonical
+from raylab.base.mistakes import DamagedError, InfeasibleError, JobError
+from raylab.job.blocks import WIDE
 from raylab.job.jobs import load_job
 from raylab.job.settings import list_settings, possible_values, with_settings
-from raylab.job.specs import Job
+from raylab.job.specs import Job, Resources
 from raylab.results.queries import open_tables
 from raylab.results.snapshot import read_table
 from raylab.results.tables import plain_value
 from raylab.runs.preparation import Preparation, make_spec
 from raylab.store.stages import build_stage
 
-# Settings of which the rate of a step depends most: equal ones are told by the same rate.
+# Settings of which the rate of a step depends most: equal ones are told by the same rate. See `make_key`.
 SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 LIKE = (
-    *("pretrain.objective", "encoder.pretrained", "encoder.trial", "encoder.tokenizer.vocab_size"),
+    *("pretrain.objective", "pretrain.precision"),
+    *("encoder.pretrained", "encoder.trial", "encoder.tokenizer.vocab_size"),
     *(f"encoder.config.{name}" for name in SHAPE),
 )
 # Trials that a rate is taken from, the last ones.
 MOST_TRIALS = 20
-# Seconds in which all is tried out.
-TRY_SECONDS = 1.0
+# Seconds in which all is tried out, and arms of a kind that are tried until one works.
+TRY_SECONDS, TRY_ARMS = 1.0, 8
 
 Key = tuple[Any, ...]
 
@@ -69,7 +72,7 @@ def plan_time(preparation: Preparation, work: Sequence[Work], trials_left: int) 
     """
     job, results = preparation.job, preparation.results
     rates = find_rates(preparation, work)
-    known = [rates[make_key(part.job)].tokens_per_second for part in work]
+    known = [rates[_make_key(part.job)].tokens_per_second for part in work]
     seconds = longest = 0.0
     for part, rate in zip(work, known, strict=True):
         if rate is not None:
@@ -121,10 +124,19 @@ def _tell(hours: float) -> str:
     return f"{hours * 3600:.0f} seconds"
 
 
-def make_key(job: Job) -> Key:
-    """What of an arm its rate is told by."""
-    settings = list_settings(job)
-    return tuple(plain_value(settings[name]) for name in LIKE)
+def make_key(settings: Mapping[str, Any], gpu: bool) -> Key:
+    """What of an arm its rate is told by, on a GPU or not: of its settings `LIKE`, the precision resolved.
+
+    On a processor the precision of wide encoders stays auto: as the machine has it.
+    """
+    found = {name: plain_value(settings[name]) for name in LIKE}
+    if found["pretrain.precision"] == "auto" and (gpu or (found["encoder.config.hidden_size"] or WIDE) < WIDE):
+        found["pretrain.precision"] = "bfloat16" if gpu else "float32"
+    return tuple(found.values())
+
+
+def _make_key(job: Job) -> Key:
+    return make_key(list_settings(job), _wants_gpu(job))
 
 
 def _tell_encoder(key: Key) -> str:
@@ -134,43 +146,59 @@ def _tell_encoder(key: Key) -> str:
 
 
 def count_slots(job: Job) -> tuple[int, str]:
-    """Trials that run at once, and by what: as the job says, else as many as one GPU or this machine's CPUs hold."""
+    """Trials that run at once, and by what: as the job says, else as many as one GPU and this machine's CPUs hold.
+
+    Where there is no GPU here, the CPUs beside one aren't known.
+    """
     resources, where = job.resources, "a cluster may hold more"
     if resources.max_concurrent_trials is not None:
         return resources.max_concurrent_trials, "resources.max_concurrent_trials"
-    if _wants_gpu(job):
-        return max(int(1 / (resources.gpus_per_worker or 1.0) + 1e-6), 1), f"as many as fit on one GPU; {where}"
     fit = (os.cpu_count() or 1) // (resources.cpus_per_worker * resources.workers)
+    if _wants_gpu(job):
+        beside = int(1 / (resources.gpus_per_worker or 1.0) + 1e-6)
+        if beside <= fit or not _has_gpu():
+            return max(beside, 1), f"as many as fit on one GPU; {where}"
     return max(fit, 1), f"as many as fit on this machine; {where}"
 
 
 def find_rates(preparation: Preparation, work: Iterable[Work]) -> dict[Key, Rate]:
     """The rate of each kind of arm, by `make_key`: measured in trials where there are any, else tried out here."""
     job, results = preparation.job, preparation.results
-    kinds: dict[Key, Work] = {}
+    kinds: dict[Key, dict[str, Work]] = {}  # the arms of each
     for part in work:
-        kinds.setdefault(make_key(part.job), part)
+        kinds.setdefault(_make_key(part.job), {}).setdefault(canonical(part.values), part)
     found: dict[Key, Rate] = {}
     for name in (job.name, None):  # of other jobs only what this one's trials don't tell
         missing = [key for key in kinds if key not in found]
         trials = _list_trials(results, name) if missing and results.is_dir() else []
+        trials = [row for row in trials if _fits_device(job, row["device"])]
         for key in missing:
-            like = [row for row in trials if tuple(row[setting] for setting in LIKE) == key]
+            settings = list_settings(next(iter(kinds[key].values())).job)
+            keys = {gpu: make_key(settings, gpu) for gpu in (False, True)}
+            like = [row for row in trials if row["key"] == keys[_is_gpu(row["device"])]]
             rate = _read_rate(results, like if name else _choose_others(results, job, like), own=name is not None)
             found |= {} if rate is None else {key: rate}
     missing = [key for key in kinds if key not in found]
     for key in missing:
-        found[key] = _try_kind(preparation, kinds[key], TRY_SECONDS / len(missing))
+        # Spans may fit no document, and another process may hold the GPU's memory for a while.
+        for part in list(kinds[key].values())[:TRY_ARMS]:
+            found[key] = _try_kind(preparation, part, TRY_SECONDS / len(missing))
+            if found[key].tokens_per_second is not None:
+                break
     return {key: found[key] for key in kinds}
 
 
 def _fits_device(job: Job, device: str) -> bool:
     wanted = job.resources.gpus_per_worker
-    return wanted is None or (device != "cpu") == (wanted > 0)
+    return wanted is None or _is_gpu(device) == (wanted > 0)
+
+
+def _is_gpu(device: str) -> bool:
+    return device != "cpu"
 
 
 def _list_trials(results: Path, job: str | None) -> list[dict[str, Any]]:
-    """A job's trials, or all jobs', the last one first; of each what makes it like another."""
+    """A job's trials, or all jobs', the last one first; of each what makes it like another, and the `key`."""
     try:
         table = read_table(results, "trials", job, columns=["job", "trial_id", "device", "updated_at", *LIKE])
     except DamagedError:
@@ -178,14 +206,16 @@ def _list_trials(results: Path, job: str | None) -> list[dict[str, Any]]:
     place = table.column_names.index("updated_at")
     # Arrow loads pandas to make Python's times of its own.
     rows: list[dict[str, Any]] = table.set_column(place, "updated_at", table["updated_at"].cast(pa.int64())).to_pylist()
-    return sorted((row for row in rows if row["device"]), key=lambda row: row["updated_at"] or 0, reverse=True)
+    rows = [row | {"key": make_key(row, _is_gpu(row["device"]))} for row in rows if row["device"]]
+    return sorted(rows, key=lambda row: row["updated_at"] or 0, reverse=True)
 
 
 def _choose_others(results: Path, job: Job, like: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Trials of other jobs that ran on such a device, and with such resources, as this job's will."""
-    others = [row for row in like if row["job"] != job.name and _fits_device(job, row["device"])]
-    alike = {name: _shares_resources(results, name, job) for name in sorted({row["job"] for row in others})}
-    return [row for row in others if alike[row["job"]]]
+    """Trials of other jobs that ran with such resources as this job's will."""
+    others = [row for row in like if row["job"] != job.name]
+    ran = {(row["job"], _is_gpu(row["device"])) for row in others}
+    alike = {(name, gpu) for name, gpu in ran if _shares_resources(results, name, job, gpu)}
+    return [row for row in others if (row["job"], _is_gpu(row["device"])) in alike]
 
 
 def _read_rate(results: Path, like: Sequence[dict[str, Any]], *, own: bool) -> Rate | None:
@@ -202,13 +232,19 @@ def _read_rate(results: Path, like: Sequence[dict[str, Any]], *, own: bool) -> R
     return Rate(float(np.median(rates)), f"measured in {count} of {whose} on {like[0]['device']}")
 
 
-def _shares_resources(results: Path, name: str, job: Job) -> bool:
-    """Whether another job's trials had the workers, CPUs and GPUs that this one's will have."""
+def _shares_resources(results: Path, name: str, job: Job, gpu: bool) -> bool:
+    """Whether another job's trials had the resources, on a GPU or not, that this one's will have."""
     with contextlib.suppress(JobError, OSError):
         theirs = load_job(results / name / "job.yaml").resources
-        names = ("workers", "cpus_per_worker", "gpus_per_worker")
-        return all(getattr(theirs, name) == getattr(job.resources, name) for name in names)
+        return _list_resources(theirs, gpu) == _list_resources(job.resources, gpu)
     return False
+
+
+def _list_resources(resources: Resources, gpu: bool) -> Key:
+    """What of them the rate of a step depends on, as they were resolved on a GPU or not."""
+    share = float(gpu) if resources.gpus_per_worker is None else resources.gpus_per_worker
+    compiles = resources.compile if gpu else "never"
+    return resources.workers, resources.cpus_per_worker, share, compiles, resources.chunk_tokens
 
 
 def _read_rates(results: Path, trials: Sequence[Mapping[str, Any]]) -> list[float]:
@@ -255,16 +291,21 @@ def _try_kind(preparation: Preparation, part: Work, seconds: float) -> Rate:
     threads = resources.cpus_per_worker
     versions = [metadata.version(name) for name in ("raylab", "torch", "transformers")]
     machine = [platform.node(), platform.machine(), os.cpu_count(), gpu]
-    key = {"like": list(make_key(part.job)), "threads": threads, "machine": machine, "versions": versions}
+    key = {"like": list(_make_key(part.job)), "threads": threads, "chunk_tokens": resources.chunk_tokens}
+    key |= {"machine": machine, "versions": versions}
 
     def build(folder: Path) -> dict[str, Any]:
         from raylab.runs.tryout import try_out
 
         spec = make_spec(preparation, part.values, preparation.job.search.seeds[0], "fixed")
-        return {"tokens_per_second": try_out(spec, seconds)}
+        rate = try_out(spec, seconds)
+        if rate is None:
+            raise InfeasibleError("not kept: another arm of the kind, or the same one later, may work")
+        return {"tokens_per_second": rate}
 
-    rate = build_stage(preparation.results, "rate", key, build).info["tokens_per_second"]
-    if rate is None:
+    try:
+        rate = build_stage(preparation.results, "rate", key, build).info["tokens_per_second"]
+    except InfeasibleError:
         return Rate(None, "no like trial has run, and it could not be tried out here in a second")
     where = "GPU, uncompiled" if gpu else f"CPU, {threads} thread{'s' * (threads > 1)}"
     many = f", times {resources.workers} workers" if resources.workers > 1 else ""

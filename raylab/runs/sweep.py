@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from raylab.base.identity import name_trial
+from raylab.base.memory import share_memory
 from raylab.base.mistakes import BusyError, InfeasibleError, Interrupted, JobError, find_storage_problem
 from raylab.data.corpus import SplitCorpus
 from raylab.evaluation.baselines import score_baselines
@@ -84,6 +85,9 @@ def _run_job(
     here: bool,
     tell_lost: Callable[[str], None],
 ) -> Ended:
+    if here:
+        wanted = job.resources.gpus_per_worker
+        share_memory(1.0 if wanted is None else wanted)  # before anything looks for a GPU
     preparation = prepare(job, results, progress.tell)
     name_point(preparation, {})  # the base arm must be able to run
     seeds = [*job.search.seeds, *(job.search.confirm.seeds if job.search.confirm else ())]

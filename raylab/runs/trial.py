@@ -112,10 +112,14 @@ def _count_gpus(spec: TrialSpec) -> float:
 def _tell_more(error: BaseException, spec: TrialSpec) -> str:
     if not isinstance(error, torch.OutOfMemoryError):
         return "'raylab run JOB.yaml --here --debug' shows more"
-    share = spec.settings.resources.gpus_per_worker
+    resources = spec.settings.resources
+    share, change = resources.gpus_per_worker, "set" if resources.chunk_tokens is None else "lower"
+    less = (
+        f"{change} resources.chunk_tokens where it pre-trained, lower evaluate.fine_tune.batch_size where it fine-tuned"
+    )
     if share is not None and share < 1:
-        return f"resources.gpus_per_worker: {share:g} of the GPU's memory is full; set more, or lower chunk_tokens"
-    return "the GPU's memory is full; lower resources.chunk_tokens"
+        return f"resources.gpus_per_worker: {share:g} of the GPU's memory is full; set more, or {less}"
+    return f"the GPU's memory is full; {less}"
 
 
 def _check_driver(spec: TrialSpec) -> None:

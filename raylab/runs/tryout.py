@@ -9,6 +9,7 @@ from torch import nn
 from raylab.base.mistakes import InfeasibleError
 from raylab.base.world import ALONE
 from raylab.job.specs import TrialSpec
+from raylab.training.dropout import quicken
 from raylab.training.encoder import build_encoder, choose_device
 from raylab.training.loop import (
     Data,
@@ -53,16 +54,18 @@ def _try_out(spec: TrialSpec, seconds: float) -> float | None:
     if count(single) > LEAST_SHARE * measure_peak(device) * seconds / 3:
         return None
     learner = Learner(_build_encoder(spec, data), pretrain, data.num_categories).to(device)
+    quicken(learner.encoder)
     prepare_encoder(learner, resources.model_copy(update={"compile": "never"}), ALONE)
     # Of so many tokens no point of a curve is reached: what is spent is summed to the end.
-    pretrain = pretrain.model_copy(update={"batch_tokens": 1, "accumulation": 1, "num_tokens": 2**60})
+    pretrain = pretrain.model_copy(update={"batch_tokens": 1, "num_tokens": 2**60})
     training = Training(learner, make_optimizer(learner, pretrain), Progress())
     progress, threads = training.progress, torch.get_num_threads()
 
     def step() -> tuple[int, float]:
         """Tokens, and seconds; on a CPU those of each thread: what else the machine does meanwhile counts little."""
         before, began, progress.spent = progress.tokens, time.process_time(), {}
-        train(training, units, data, pretrain, spec.seed, progress.tokens + 1)
+        until, chunk_tokens = progress.tokens + 1, resources.chunk_tokens
+        train(training, units, data, pretrain, spec.seed, until, chunk_tokens=chunk_tokens)
         took = (time.process_time() - began) / threads if device.type == "cpu" else progress.spent["seconds"]
         return progress.tokens - before, took
 

@@ -1,7 +1,6 @@
 """Where trials run: in a Tune actor, or, with several workers, under Ray Train with DistributedDataParallel."""
 
 import errno
-import os
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -107,23 +106,16 @@ def unpack_spec(text: str) -> TrialSpec:
     return spec.model_copy(update={"results": str(results), "encoder_path": path})
 
 
-def _hide_gpus(spec: TrialSpec) -> None:
-    """A trial that asked for no GPU sees none: whether Ray hides them differs between its versions."""
-    if spec.settings.resources.gpus_per_worker == 0:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-
-
 def tune_trial(config: dict[str, Any]) -> None:
     """Tune's trainable: one trial from its spec. Reports its end; an error of its code is raised."""
     end = "done"
     try:
         spec = unpack_spec(config["spec"])
-        _hide_gpus(spec)
+        share_memory(gpus_per_worker(spec.settings))
         if spec.settings.resources.workers > 1:
             _train_with_workers(spec)
         else:
             set_threads(spec.settings.resources.cpus_per_worker)
-            share_memory(gpus_per_worker(spec.settings))
             run_trial(spec, decide=decide)
     except Exception as error:
         causes = {type(cause).__name__ for cause in list_causes(error)}
@@ -162,7 +154,7 @@ def _train_with_workers(spec: TrialSpec) -> None:
 def train_worker(config: dict[str, Any]) -> None:
     """One of a trial's workers; all of them run the same trial, rank 0 evaluates and writes."""
     spec = unpack_spec(config["spec"])
-    _hide_gpus(spec)
+    share_memory(gpus_per_worker(spec.settings))
     set_threads(spec.settings.resources.cpus_per_worker)
     context = train.get_context()
 

@@ -44,15 +44,20 @@ def choose_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def find_device(model: nn.Module) -> torch.device:
+    """Where an encoder, or a part of one, is; a part may have no parameters."""
+    return next((p.device for p in model.parameters()), choose_device())
+
+
 def is_half(asked: str, model: nn.Module) -> bool:
-    """Whether an encoder computes in bf16, its weights float32: auto, float32 or bfloat16 is asked for.
+    """Whether an encoder computes in bf16 where it is, its weights float32: auto, float32 or bfloat16 is asked for.
 
     auto: on GPUs, and on processors with instructions for it where hidden states are `WIDE` or wider. That is a
     function of the machine and the encoder, not of a measurement: the same there every time.
     """
     if asked != "auto":
         return asked == "bfloat16"
-    if choose_device().type == "cuda":
+    if find_device(model).type == "cuda":
         return True
     config: Any = model.config
     capable = any(torch.cpu.get_capabilities().get(name, False) for name in FAST_BF16)
@@ -64,9 +69,9 @@ def name_precision(half: bool) -> str:
     return "bfloat16" if half else "float32"
 
 
-def precision(device: torch.device, half: bool | None = None) -> AbstractContextManager[Any]:
-    """Products in bf16 where `half` says so; null: on GPUs alone."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda" if half is None else half)
+def precision(device: torch.device, half: bool) -> AbstractContextManager[Any]:
+    """Products in bf16 where `half` says so."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=half)
 
 
 def inspect_encoder(path: str, revision: str | None) -> dict[str, Any]:
