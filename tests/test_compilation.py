@@ -77,6 +77,7 @@ def test_rows_of_fixed_shape_train_the_same(objective, make_spec, monkeypatch):
         train(training, make_units(spec, data), data, pretrain, spec.seed, 3000)
         found.append({name: p.detach().clone() for name, p in learner.named_parameters()})
         assert training.progress.step >= 4
-    assert shapes == {(1, 768)}
+    # Of one length; texts of 64 tokens fill 640 of 700.
+    assert shapes == {(1, 768 if objective == "declutr" else 640)}
     for name, weights in found[0].items():
         torch.testing.assert_close(found[1][name], weights, rtol=1e-4, atol=2e-6)
