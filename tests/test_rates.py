@@ -113,7 +113,12 @@ def test_unlike_trials_of_other_jobs_tell_nothing(change, make_job, tmp_path, mo
 
 @pytest.mark.parametrize(
     ("resources", "told"),
-    [({}, True), ({"gpus_per_worker": 1}, True), ({"gpus_per_worker": 0.5}, False), ({"compile": "never"}, False)],
+    [
+        ({}, True),
+        ({"gpus_per_worker": 1}, True),
+        ({"gpus_per_worker": 0.5}, False),
+        ({"gpus_per_worker": 1, "compile": "never"}, False),
+    ],
 )
 def test_trials_on_a_gpu_are_alike_where_it_was_whole(resources, told, make_job, tmp_path):
     """Of another job that says null, or 1; and auto is bf16 there."""
