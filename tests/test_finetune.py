@@ -15,10 +15,10 @@ from raylab.base.mistakes import InfeasibleError
 from raylab.base.noise import derive_seed
 from raylab.base.world import ALONE, World
 from raylab.evaluation.activations import join_texts, keep_states, open_states, open_texts, prune_states
-from raylab.evaluation.finetune import deal, embed_texts, fine_tune
+from raylab.evaluation.finetune import embed_texts, fine_tune
 from raylab.evaluation.heads import Heads, Order, Run, train_heads, weigh_rows
 from raylab.job.blocks import Corpus, FineTune
-from raylab.training.batches import cut_pieces, pad_rows, slice_piece
+from raylab.training.batches import cut_pieces, deal, pad_rows, slice_piece
 from raylab.training.embedding import embed
 from raylab.training.encoder import copy_above, count_frozen, encode, load_encoder, pool, split_layers
 
@@ -362,9 +362,9 @@ def test_two_workers_equal_one(name, depth, two_workers, encoder_folders, store,
 
 def test_shares_are_dealt_evenly():
     tokens = np.array([9, 1, 8, 2, 7, 3, 6])
-    shares = [deal(tokens, World(rank, 3, lambda value: value)) for rank in range(3)]
-    assert [share.tolist() for share in shares] == [[0, 1, 6], [2, 5], [3, 4]]
-    assert np.array_equal(deal(tokens, ALONE), np.arange(7))
+    shares = deal(tokens, 3)
+    assert [share.tolist() for share in shares] == [[0, 1, 3], [2, 5], [4, 6]]  # 12, 11 and 13 tokens
+    assert np.array_equal(deal(tokens, 1)[0], np.arange(7))
 
 
 def test_freezing_too_deep_is_refused(encoder_folders):

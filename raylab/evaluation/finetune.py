@@ -29,7 +29,7 @@ from raylab.evaluation.heads import (
     weigh_rows,
 )
 from raylab.job.blocks import FineTune
-from raylab.training.batches import Ints
+from raylab.training.batches import Ints, deal
 from raylab.training.dropout import quicken
 from raylab.training.encoder import find_device, precision
 from raylab.training.feed import move
@@ -76,11 +76,6 @@ def embed_texts(above: nn.Module, texts: Texts, rows: Ints, *, half: bool = Fals
 def count_tokens(texts: Texts) -> Ints:
     """Tokens of each text, those of all its pieces: int64 [n]."""
     return np.add.reduceat(texts.length, texts.first[:-1])
-
-
-def deal(tokens: Ints, world: World) -> Ints:
-    """The places, rising, of this worker's share of some texts of so many tokens: dealt out from the longest."""
-    return np.sort(np.argsort(-tokens, kind="stable")[world.rank :: world.size])
 
 
 class Classifier(nn.Module):
@@ -142,7 +137,7 @@ class Tuning:
             # Rank 0's is that of a worker alone.
             torch.manual_seed(derive_seed(run.seed, "dropout", step, *([world.rank] if world.rank else [])))
             whole = order.batch(step)
-            places = deal(tokens[run.train[whole]], world)
+            places = deal(tokens[run.train[whole]], world.size)[world.rank]
             batch = whole[places]
             counted = weights[batch]
             if not len(batch):
@@ -171,7 +166,7 @@ class Tuning:
 
     def _predict(self, tokens: Ints, world: World) -> None:
         rows = self.run.eval
-        share = deal(tokens[rows], world)
+        share = deal(tokens[rows], world.size)[world.rank]
         logits = torch.zeros(len(rows), self.outputs, device=self.device)
         if len(share):
             places = torch.from_numpy(share).to(self.device)
