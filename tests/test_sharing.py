@@ -132,6 +132,7 @@ def cluster():
     with pytest.MonkeyPatch.context() as patch:
         for name, value in sweep.ENVIRONMENT.items():
             patch.setenv(name, value)
+        patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)  # set to none, it forbids Ray the GPU
         import ray
 
         quiet = {"include_dashboard": False, "logging_level": "ERROR", "log_to_driver": False}
