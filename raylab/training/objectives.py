@@ -51,8 +51,9 @@ class Totals(NamedTuple):
 class GatherRows(torch.autograd.Function):
     """Rows of all workers, in the order of their ranks; `counts` says how many each has, which all of them know.
 
-    The gradient of a worker's rows is the sum of what all workers send back. Where each computes the same loss from
-    the gathered rows, DistributedDataParallel's mean over workers then gives the gradient of that one loss.
+    Each worker computes the same loss from the gathered rows, and so the same gradients: those of its own rows, times
+    the number of workers, are what all would send back, and nobody waits for them. DistributedDataParallel's mean over
+    workers then gives the gradient of that one loss.
     """
 
     @staticmethod
@@ -62,15 +63,13 @@ class GatherRows(torch.autograd.Function):
         padded[: len(rows)] = rows
         gathered = [torch.empty_like(padded) for _ in counts]
         dist.all_gather(gathered, padded)
-        ctx.start, ctx.count = sum(counts[: dist.get_rank()]), len(rows)
+        ctx.start, ctx.count, ctx.workers = sum(counts[: dist.get_rank()]), len(rows), len(counts)
         return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        """The sum over workers, cut to this worker's rows."""
-        total = gradients[0].contiguous()
-        dist.all_reduce(total)
-        return total[ctx.start : ctx.start + ctx.count], None
+        """Of this worker's rows."""
+        return gradients[0][ctx.start : ctx.start + ctx.count] * ctx.workers, None
 
 
 def _gather(rows: Tensor, counts: tuple[int, ...]) -> Tensor:
