@@ -21,10 +21,11 @@ from raylab.base.world import ALONE, World
 from raylab.data.tokens import TokenStore, Vocabulary
 from raylab.job.blocks import Corpus, Pretrain
 from raylab.job.specs import Resources
-from raylab.training.batches import UNITS, Place, Units, iterate_steps
+from raylab.training.batches import UNITS, Units
 from raylab.training.loop import Data, Progress, Training, make_optimizer, prepare_encoder, train
 from raylab.training.objectives import Learner
 from raylab.training.speed import measure_peak
+from raylab.training.steps import Place, iterate_steps
 
 BASE = {
     "vocab_size": 50_265, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,

@@ -27,10 +27,11 @@ from torch import Tensor, nn
 
 from raylab.data.tokens import TokenStore, Vocabulary
 from raylab.job.blocks import Corpus, EncoderConfig, Pretrain
-from raylab.training.batches import UNITS, Inputs, Place, Units, iterate_steps
+from raylab.training.batches import UNITS, Inputs, Units
 from raylab.training.encoder import build_encoder, is_half, name_precision, precision
 from raylab.training.feed import make_batch
 from raylab.training.objectives import Learner, Totals
+from raylab.training.steps import Place, iterate_steps
 
 SIZE = 16_000
 VOCABULARY = Vocabulary(prefix_id=0, suffix_id=2, pad_id=1, mask_id=4, special_ids=[0, 1, 2, 3, 4], size=SIZE)

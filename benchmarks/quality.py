@@ -29,7 +29,6 @@ from raylab.base.world import ALONE
 from raylab.job.jobs import load_job
 from raylab.job.specs import TrialSpec
 from raylab.runs.preparation import make_spec, prepare
-from raylab.training.batches import Place, iterate_steps
 from raylab.training.encoder import choose_device
 from raylab.training.loop import (
     CURVE_POINTS,
@@ -44,6 +43,7 @@ from raylab.training.loop import (
 from raylab.training.objectives import loss_weights
 from raylab.training.pretrain import make_units, measure_rung, open_data, start_rung
 from raylab.training.rungs import list_rungs
+from raylab.training.steps import Place, iterate_steps
 
 JOB = Path(__file__).parent.parent / "jobs" / "medquad.yaml"
 ENCODER = {

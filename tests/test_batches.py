@@ -2,28 +2,17 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from raylab.base.mistakes import InfeasibleError
 from raylab.base.noise import derive_seed
 from raylab.job.blocks import Declutr
 from raylab.job.settings import OBJECTIVE_BLOCKS
 from raylab.training.batches import (
-    AHEAD,
-    BEHIND,
-    BLOCK,
     LONGEST_TEXT,
     UNITS,
-    Place,
-    Units,
-    choose_units,
     cut_pieces,
-    deal,
     describe_spans,
-    iterate_steps,
     keep_documents,
-    list_seen,
     pack_segments,
     pad_rows,
     piece_units,
@@ -32,6 +21,7 @@ from raylab.training.batches import (
 )
 from raylab.training.masks import mask_tokens
 from raylab.training.spans import sample_spans
+from raylab.training.steps import Place, iterate_steps
 
 CASES = {
     "truncate": ("mlm", {}),
@@ -65,10 +55,6 @@ def same(first, second):
     return all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def same_step(first, second):
-    return same(first[:-1], second[:-1]) and first.after == second.after
-
-
 def test_every_objective_has_units():
     assert set(UNITS) == set(OBJECTIVE_BLOCKS) - {"none"}
 
@@ -78,7 +64,8 @@ def test_steps_resume_from_any_place(units):
     assert whole[-1].after.epoch >= 2
     for index in range(0, 110, 7):
         for ours, theirs in zip(take(units, 10, whole[index].after), whole[index + 1 : index + 11], strict=True):
-            assert same_step(ours, theirs)
+            assert same(ours[:-1], theirs[:-1])
+            assert ours.after == theirs.after
 
 
 def test_each_epoch_visits_every_unit_once(units):
@@ -101,116 +88,6 @@ def test_step_tokens_are_those_of_the_inputs(units):
         costs = [int(units.cost(int(e), np.array([u]))[0]) for e, u in zip(step.epochs, step.units, strict=True)]
         assert costs == step.costs.tolist()
         assert sum(costs) == step.num_tokens <= 1024
-
-
-def make_units(num, cost):
-    """Units of any costs, of which nothing can be built."""
-    return Units(num, 1, 100, np.arange(num), cost, lambda epochs, units: None, None)
-
-
-@st.composite
-def many_units(draw):
-    """Units whose costs follow a seed, one kind of size after another, and the tokens of a step."""
-    num, seed = draw(st.sampled_from([1, 2, 7, 40, 300])), draw(st.integers(0, 99))
-    smallest, largest = sorted((draw(st.integers(2, 60)), draw(st.integers(2, 300))))
-    sizes = np.random.default_rng(seed).integers(smallest, largest + 1, (5, num))
-    return make_units(num, lambda epoch, units: sizes[epoch % 5, units]), draw(st.sampled_from([50, 300, 2000]))
-
-
-@settings(deadline=None, max_examples=40)
-@given(many_units())
-def test_steps_of_any_units(given):
-    """Never above the tokens but for a single unit, each unit once an epoch, none postponed without bound, from any
-    place on the same, and the place small."""
-    units, batch_tokens = given
-    steps = take(units, 60, batch_tokens=batch_tokens)
-    when = {}
-    for index, step in enumerate(steps):
-        assert step.num_tokens == step.costs.sum()
-        assert step.num_tokens <= batch_tokens or len(step.units) == 1
-        for epoch, unit, cost in zip(step.epochs.tolist(), step.units.tolist(), step.costs.tolist(), strict=True):
-            assert (epoch, unit) not in when
-            when[epoch, unit] = index
-            assert cost == units.cost(epoch, unit)
-        # In no step are more than BEHIND + 1 units taken that lie behind one that waits.
-        assert len(step.after.ahead) <= (AHEAD + BEHIND) * (BEHIND + 1)
-    last = steps[-1].after
-    seen = {}
-    for epoch in range(last.epoch + 1 + AHEAD + BEHIND):
-        order = np.random.default_rng(derive_seed(5, "order", epoch)).permutation(units.num)
-        for position, unit in enumerate(order.tolist()):
-            place = epoch * units.num + position
-            if (epoch, unit) in when:
-                seen[place] = when[epoch, unit]
-            else:
-                # All that lies before the place has been taken.
-                assert place >= last.epoch * units.num + last.position
-    begun = len(steps)
-    for place in sorted(seen, reverse=True):
-        # The first step that took this unit or one behind it in the order.
-        begun = min(begun, seen[place])
-        assert seen[place] - begun <= AHEAD + BEHIND
-    for index in (0, 13, 50):
-        again = take(units, 20, steps[index].after, batch_tokens=batch_tokens)
-        assert all(same_step(ours, theirs) for ours, theirs in zip(again, steps[index + 1 :], strict=False))
-        rows = [unit for epoch, unit in when if when[epoch, unit] <= index]
-        assert set(list_seen(units.num, 5, steps[index].after)) == set(rows)
-
-
-def test_steps_are_full():
-    """As they come, units would leave half of one free: 1 in 100."""
-    sizes = np.random.default_rng(0).integers(20, 300, 3000)
-    for batch_tokens in (4096, 16_384):
-        fills = [
-            step.num_tokens / batch_tokens
-            for step in take(make_units(3000, lambda epoch, units: sizes[units]), 200, batch_tokens=batch_tokens)
-        ]
-        assert np.mean(fills) > 0.9995
-        assert min(fills) > 0.998
-    assert len(sizes) > BLOCK
-
-
-@settings(deadline=None)
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=60), st.integers(1, 200))
-def test_a_step_is_filled_as_well_as_one_or_two_more_can(sizes, batch_tokens):
-    costs = np.array(sizes)
-    chosen = choose_units(costs, batch_tokens)
-    count = int((np.cumsum(costs) <= batch_tokens).sum())
-    assert len(set(chosen.tolist())) == len(chosen)
-    assert chosen[0] == 0
-    if not count:
-        assert chosen.tolist() == [0]
-        return
-    best = 0
-    prefix = int(costs[:count].sum())
-    for left in [None, *range(max(count - BEHIND, 1), count)]:
-        base = prefix - (costs[left] if left is not None else 0)
-        extra = costs[count : count + AHEAD].tolist()
-        sums = [0, *extra, *(a + b for a, b in itertools.combinations(extra, 2))]
-        best = max(best, *(base + more for more in sums if base + more <= batch_tokens))
-    assert costs[chosen].sum() == best
-    assert set(range(count - BEHIND)) <= set(chosen.tolist())
-    assert max(chosen) < count + AHEAD
-
-
-@settings(deadline=None)
-@given(st.lists(st.integers(1, 500), max_size=80), st.integers(1, 6))
-def test_shares_are_even(sizes, num):
-    costs = np.array(sizes, dtype=np.int64)
-    shares = deal(costs, num)
-    assert len(shares) == num
-    assert sorted(np.concatenate(shares).tolist()) == list(range(len(costs)))
-    assert all((np.diff(share) > 0).all() for share in shares)
-    loads = [int(costs[share].sum()) for share in shares]
-    # The fullest was the least full before its last unit, which was no larger than the others in it.
-    fullest = shares[int(np.argmax(loads))]
-    if len(fullest):
-        assert max(loads) <= (costs.sum() - costs[fullest].min()) / num + costs[fullest].min()
-
-
-def test_a_unit_larger_than_the_batch_is_a_step(units):
-    steps = take(units, 30, batch_tokens=1)
-    assert all(len(step.units) == 1 for step in steps)
 
 
 def test_masks_are_dynamic_and_fixed(units):

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from raylab.base.world import ALONE, World
-from raylab.training.batches import Place, deal, iterate_steps
 from raylab.training.feed import deal_chunks, feed, make_batch, move
 from raylab.training.pretrain import make_units, open_data
+from raylab.training.steps import Place, deal, iterate_steps
 
 SEED = 3
 

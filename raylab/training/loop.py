@@ -22,7 +22,7 @@ from raylab.base.world import ALONE, World
 from raylab.data.tokens import TokenStore, Vocabulary
 from raylab.job.blocks import Pretrain
 from raylab.job.specs import Resources, TrialSpec
-from raylab.training.batches import Place, Units
+from raylab.training.batches import Units
 from raylab.training.cache import cache_gradients
 from raylab.training.compilation import can_compile, compile_encoder, pays, round_norms
 from raylab.training.dropout import quicken, replace_dropout, seed_dropout
@@ -31,6 +31,7 @@ from raylab.training.feed import Fed, Part, Rows, feed, move
 from raylab.training.objectives import Learner, Totals, is_contrastive, loss_weights
 from raylab.training.packing import fits_kernel
 from raylab.training.speed import count_weights, describe_speed, flop_counter, measure_peak
+from raylab.training.steps import Place
 
 CURVE_POINTS = 50
 # Gradients that travel at once, in MB: a compiled encoder is cut where they end, and every cut costs the host time.

@@ -15,7 +15,7 @@ from raylab.data.corpus import DOCUMENTS, TRAIN, VALIDATION, open_rows
 from raylab.data.tokens import Vocabulary, open_tokens
 from raylab.job.specs import TrialSpec
 from raylab.store.stages import FOLDER, Stage, build_stage, find_stage, name_stage, peek_stage, prune_stage, read_info
-from raylab.training.batches import UNITS, Place, Units, describe_spans, list_seen
+from raylab.training.batches import UNITS, Units, describe_spans
 from raylab.training.encoder import build_encoder, is_half, load_encoder, name_precision, save_encoder
 from raylab.training.heldout import compute_unigram_entropy, measure_heldout, prepare_heldout
 from raylab.training.loop import (
@@ -31,6 +31,7 @@ from raylab.training.loop import (
 )
 from raylab.training.objectives import Learner
 from raylab.training.rungs import Link, data_key, name_start, rung_budget, start_key
+from raylab.training.steps import Place, list_seen
 
 
 def open_data(spec: TrialSpec) -> Data:
