@@ -5,6 +5,7 @@ from typing import Any
 
 import typer
 
+from raylab.base.imports import quick_imports
 from raylab.base.mistakes import JobError
 from raylab.commands.options import RESULTS, open_folder
 from raylab.commands.output import messages, print_ranking
@@ -24,9 +25,10 @@ def launch(job: Any, where: str, address: str | None, here: bool) -> None:
         raise JobError(
             [f"--address {address}: a dashboard takes jobs by 'raylab submit'; 'run' joins a Ray (auto, IP:PORT)"]
         )
-    from raylab.runs.progress import SweepProgress
-    from raylab.runs.sweep import run_job
-    from raylab.store.storage import LOG, push
+    with quick_imports():
+        from raylab.runs.progress import SweepProgress
+        from raylab.runs.sweep import run_job
+        from raylab.store.storage import LOG, push
 
     results = open_folder(where).resolve()
     # A live block would get in a debugger's way.

@@ -6,30 +6,34 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ray
-import torch.distributed as dist
-from ray import train, tune
-from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from raylab.base.imports import quick_imports
 
-from raylab.base.memory import share_memory
-from raylab.base.mistakes import (
-    BusyError,
-    JobError,
-    RemoteError,
-    SupersededError,
-    describe_error,
-    find_storage_problem,
-    list_causes,
-)  # fmt: skip
-from raylab.base.world import World
-from raylab.job.settings import dump_spec
-from raylab.job.specs import Job, TrialSpec
-from raylab.results.tables import pull_trial
-from raylab.runs.trial import run_trial, set_threads
-from raylab.search.judge import decide
-from raylab.store.stages import FOLDER, open_stage
-from raylab.store.storage import is_mirror, lend_folder, name_results, open_results
+# They are the first seconds of a trial's process.
+with quick_imports():
+    import ray
+    import torch.distributed as dist
+    from ray import train, tune
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from raylab.base.memory import share_memory
+    from raylab.base.mistakes import (
+        BusyError,
+        JobError,
+        RemoteError,
+        SupersededError,
+        describe_error,
+        find_storage_problem,
+        list_causes,
+    )  # fmt: skip
+    from raylab.base.world import World
+    from raylab.job.settings import dump_spec
+    from raylab.job.specs import Job, TrialSpec
+    from raylab.results.tables import pull_trial
+    from raylab.runs.trial import run_trial, set_threads
+    from raylab.search.judge import decide
+    from raylab.store.stages import FOLDER, open_stage
+    from raylab.store.storage import is_mirror, lend_folder, name_results, open_results
 
 # A trial of several workers holds next to nothing itself: its workers are reserved by Ray Train.
 COORDINATOR_CPUS = 0.01
