@@ -638,7 +638,7 @@ def nodes(tmp_path, monkeypatch):
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(("url", "workers"), [("file", 1), ("s3", 2)], indirect=["url"])
 def test_nodes_that_share_no_folder_run_a_job(workers, nodes, make_job, url, read_values, tmp_path):
     """Trials on both nodes, then trials of a worker on each: as in a folder."""
     changes = {"name": "nodes", "resources": {"workers": workers, "gpus_per_worker": 0}}

@@ -314,7 +314,7 @@ def test_a_driver_that_is_killed_alone_is_followed_at_once_by_another(long_job, 
 @pytest.mark.slow
 def test_a_trial_whose_process_is_killed_is_tried_again_and_at_the_third_time_failed(make_job, read_values, tmp_path):
     space = {"pretrain.learning_rate": {"choices": [1e-3, 2e-3]}}
-    changes = {"name": "killed", "pretrain.num_tokens": 48_000, "pretrain.rungs": 1}
+    changes = {"name": "killed", "pretrain.num_tokens": 24_000, "pretrain.rungs": 1}
     job = make_job("mlm", {**changes, "search": {"space": space}, "resources": {"max_concurrent_trials": 1}})
     results = tmp_path / "results"
     process = subprocess.Popen(
