@@ -4,10 +4,11 @@
 
 jobs/medquad.yaml with a 6 x 384 encoder from scratch, objective declutr, 500 steps of 16,384 tokens: both sides have
 the same documents, spans, masks, first weights and learning rates. raylab's side is its own loop as a trial runs it (on
-a GPU compiled, in bf16). The other pads anchors and positives, in two passes, in float32 throughout (no TF32), and runs
-twice with other dropout, which says how far apart two equal recipes end. Attention has no dropout on either side. The
-last line is JSON: for either loss the mean and largest distance of 50 points, each a mean of ten steps, of raylab from
-the first padded run and of the second from it.
+a GPU compiled, in bf16). The other pads anchors and positives, in two passes, in float32 throughout (no TF32). Without
+dropout both compute the same, up to rounding; with it the padded side runs twice, with other draws, which says how far
+apart two equal recipes end. Attention has no dropout on either side. The last line is JSON: with and without dropout,
+for either loss the mean and largest distance of 50 points, each a mean of ten steps, of raylab from the first padded
+run and of the second from it.
 
 Then the job's own budget of 20 million tokens, and of held-out documents the share whose following span is not found
 among 256: `retrieval_error_untrained`, `retrieval_error`, and the share that was cut, `error_cut`.
@@ -46,17 +47,17 @@ from raylab.training.rungs import list_rungs
 from raylab.training.steps import Place, iterate_steps
 
 JOB = Path(__file__).parent.parent / "jobs" / "medquad.yaml"
-ENCODER = {
-    "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536, "dropout": 0.1
-}  # fmt: skip
+ENCODER = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
 LOSSES = ("mlm", "declutr")
 
 
-def make_trial(data: Path, results: Path, steps: int, batch_tokens: int, compiled: str) -> tuple[TrialSpec, Data, Path]:
+def make_trial(
+    data: Path, results: Path, steps: int, batch_tokens: int, compiled: str, dropout: float = 0.1
+) -> tuple[TrialSpec, Data, Path]:
     """The trial on either side, its inputs, and the folder of its first weights."""
     documents, passages = (data / "medquad" / f"{name}.parquet" for name in ("documents", "passages"))
     changes = {
-        "encoder": {"config": ENCODER, "tokenizer": {"vocab_size": 16_000}, "pretrained": None},
+        "encoder": {"config": ENCODER | {"dropout": dropout}, "tokenizer": {"vocab_size": 16_000}, "pretrained": None},
         "corpus.documents.path": str(documents),
         "corpus.tasks.question_type.path": str(passages),
         "corpus.tasks.semantic_type.path": str(documents),
@@ -128,6 +129,21 @@ def compare(ours: list[float], other: list[float]) -> dict[str, float]:
     return {"mean": round(float(apart.mean()), 4), "largest": round(float(apart.max()), 4)}
 
 
+def describe(title: str, runs: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
+    """Prints every fifth point of the runs' curves, and returns how far apart they are."""
+    found = {}
+    for loss in LOSSES:
+        curves = {name: run[loss] for name, run in runs.items()}
+        for at in range(0, len(curves["raylab"]), 5):
+            values = ", ".join(f"{name} {curve[at]:.4f}" for name, curve in curves.items())
+            print(f"{title}, {loss}, point {at}: {values}", flush=True)
+        found[loss] = {"first": curves["raylab"][0]} | {f"last_{name}": curve[-1] for name, curve in curves.items()}
+        found[loss]["raylab_from_padded"] = compare(curves["raylab"], curves["padded"])
+        if "again" in curves:
+            found[loss]["padded_from_padded"] = compare(curves["again"], curves["padded"])
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
@@ -139,9 +155,12 @@ def main() -> None:
     compiled = "always" if choose_device().type == "cuda" else "auto"
     results: dict[str, Any] = {"steps": options.steps, "device": choose_device().type}
     with tempfile.TemporaryDirectory() as folder:
-        trial = make_trial(options.data.resolve(), Path(folder), options.steps, options.tokens, compiled)
-        padded, again = (run_padded(*trial, dropout) for dropout in (1, 2))
-        ours, _ = run_ours(*trial)
+        for name, dropout in (("without_dropout", 0.0), ("with_dropout", 0.1)):
+            trial = make_trial(options.data.resolve(), Path(folder), options.steps, options.tokens, compiled, dropout)
+            runs = {"raylab": run_ours(*trial)[0], "padded": run_padded(*trial, 1)}
+            if dropout:
+                runs["again"] = run_padded(*trial, 2)
+            results[name] = describe(name, runs)
         if options.budget:
             trial = make_trial(
                 options.data.resolve(), Path(folder), options.budget // options.tokens, options.tokens, compiled
@@ -155,15 +174,6 @@ def main() -> None:
                 "retrieval_error_untrained": round(untrained, 4), "retrieval_error": round(error, 4),
                 "error_cut": round(1 - error / untrained, 4),
             }  # fmt: skip
-    for name in LOSSES:
-        for at in range(0, len(ours[name]), 5):
-            values = ", ".join(f"{run[name][at]:.4f}" for run in (ours, padded, again))
-            print(f"{name}, point {at}: raylab, padded, padded with other dropout: {values}")
-        results[name] = {
-            "first": ours[name][0], "last": ours[name][-1], "last_padded": padded[name][-1],
-            "raylab_from_padded": compare(ours[name], padded[name]),
-            "padded_from_padded": compare(again[name], padded[name]),
-        }  # fmt: skip
     print(json.dumps(results))
 
 
