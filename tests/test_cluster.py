@@ -56,7 +56,7 @@ def read_cpus(which: str) -> float:
     return getattr(ray, which)().get("CPU", 0)
 
 
-def wait_until(condition, process: subprocess.Popen | None = None, seconds: float = 90) -> None:
+def wait_until(condition, process: subprocess.Popen | None = None, seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert process is None or process.poll() is None, process.stderr.read()
@@ -102,7 +102,7 @@ def test_nodes_come_and_go_and_cost_one_rung_each(cluster, nodes, make_job, read
         assert process.poll() is None
         assert {path: path.stat().st_mtime_ns for path in before} == before
         cluster.add_node(num_cpus=1)
-        _, stderr = process.communicate(timeout=200)
+        _, stderr = process.communicate(timeout=300)
     finally:
         process.kill()
     assert process.returncode == 0, stderr

@@ -550,7 +550,7 @@ def test_a_job_whose_machine_is_gone_goes_on_elsewhere_from_its_last_rung(
 ):
     process = processes.Process(target=break_off, args=(job, url, str(tmp_path / "a")))
     process.start()
-    process.join(120)
+    process.join(300)
     assert process.exitcode == -signal.SIGKILL
     before = list_remote(url, f"{FOLDER}/pretrain-")
     before = {name: at for name, at in before.items() if name.endswith("progress.json")}

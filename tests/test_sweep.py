@@ -208,14 +208,14 @@ def _command(pid: int) -> bytes:
         return b""
 
 
-def _wait_until(condition, seconds: float = 20) -> None:
+def _wait_until(condition, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.1)
 
 
-def _wait(condition, process: subprocess.Popen, seconds: float = 120) -> None:
+def _wait(condition, process: subprocess.Popen, seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, "the run ended before it could be disturbed"
@@ -284,7 +284,7 @@ def test_a_run_that_is_ended_says_how_to_go_on_and_leaves_nothing_behind(
     process = start_long(long_job, results, tmp_path)
     children = child_processes(process.pid)
     act(process, results)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=300)
     assert process.returncode == 1
     lines = [line for line in stderr.splitlines() if line]
     assert lines[-1].startswith(said)
@@ -330,7 +330,7 @@ def test_a_trial_whose_process_is_killed_is_tried_again_and_at_the_third_time_fa
 
         _wait(runs, process)
         kill_trials(process)
-    _, stderr = process.communicate(timeout=120)
+    _, stderr = process.communicate(timeout=300)
     assert process.returncode == 1
     assert "Traceback" not in stderr
     first, second = trained(results, "killed")

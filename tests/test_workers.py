@@ -93,7 +93,7 @@ def run_pair(cluster, tmp_path, monkeypatch):
 
         fitting = threading.Thread(target=fit, daemon=True)
         fitting.start()
-        fitting.join(240)
+        fitting.join(480)
         assert not fitting.is_alive(), "it hangs"
         begun = [
             (int(file.name), *map(int, line.split()))
