@@ -1,4 +1,4 @@
-"""Imports that take half the time."""
+"""Imports in a third less time."""
 
 import contextlib
 import gc
