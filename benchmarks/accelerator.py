@@ -49,13 +49,15 @@ class Case(NamedTuple):
 
 
 class Ours(NamedTuple):
-    """Medians: seconds a step, tokens and documents a step; FLOPs needed a step; the most bytes that torch held (a
-    CUDA graph's tensors count in no other number); seconds of set-up."""
+    """Medians: seconds a step, tokens and documents a step; FLOPs needed a step; the seconds that a call of the loop
+    takes besides its steps, once a rung; the most bytes that torch held (a CUDA graph's tensors count in no other
+    number); seconds of set-up."""
 
     seconds: float
     tokens: float
     documents: float
     flops: float
+    start: float
     memory: int
     setup: float
 
@@ -103,7 +105,10 @@ def measure(
     world: World | None = None,
     profile: str | None = None,
 ) -> Ours:
-    """Runs the loop, by default on one GPU; the medians are over repeats of `steps` steps."""
+    """Runs the loop, by default on one GPU.
+
+    Each repeat takes a short call from a long one, of `steps` steps more: what is left is that of the steps alone.
+    """
     world = world or ALONE
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -112,35 +117,36 @@ def measure(
     progress = training.progress
     begun = time.perf_counter()
 
-    def go(number: int) -> None:
+    def go(number: int) -> NDArray[np.float64]:
+        """Seconds, steps, tokens, FLOPs and documents of a call of the loop."""
+        before = np.array([time.perf_counter(), *count_done(progress, units)])
         # Steps are all but full.
         train(training, units, data, pretrain, 0, progress.tokens + int((number - 0.5) * pretrain.batch_tokens), world)
         torch.cuda.synchronize()
+        return np.array([time.perf_counter(), *count_done(progress, units)]) - before
 
     go(30)
     setup = time.perf_counter() - begun
     rows = []
     for _ in range(repeats):
-        before = (progress.step, progress.tokens, progress.flops, count_seen(progress, units))
-        begun = time.perf_counter()
-        go(steps)
-        seconds = time.perf_counter() - begun
-        after = (progress.step, progress.tokens, progress.flops, count_seen(progress, units))
-        num = after[0] - before[0]
-        rows.append([seconds / num, *((b - a) / num for a, b in zip(before[1:], after[1:], strict=True))])
+        short, more = go(10), go(10 + steps)
+        seconds, number, tokens, flops, documents = more - short
+        each = seconds / number
+        rows.append([each, tokens / number, documents / number, flops / number, short[0] - short[1] * each])
     if profile:
         with torch.profiler.profile() as found:
             go(4)
         table = found.key_averages().table(sort_by="self_cuda_time_total", row_limit=60, max_name_column_width=90)
         with open(profile, "w") as file:
             file.write(table)
-    seconds, tokens, flops, documents = (statistics.median(column) for column in zip(*rows, strict=True))
-    return Ours(seconds, tokens, documents, flops, torch.cuda.max_memory_reserved(), setup)
+    medians = [float(statistics.median(column)) for column in zip(*rows, strict=True)]
+    return Ours(*medians, torch.cuda.max_memory_reserved(), setup)
 
 
-def count_seen(progress: Progress, units: Units) -> float:
-    """Documents or texts so far; those taken ahead of their place are of the next steps as often as of the last."""
-    return float(progress.epoch * units.num + progress.position)
+def count_done(progress: Progress, units: Units) -> tuple[float, ...]:
+    """Steps, tokens, FLOPs and documents or texts so far; of those that were taken ahead of their place there are as
+    many before a call as after it."""
+    return progress.step, progress.tokens, progress.flops, progress.epoch * units.num + progress.position
 
 
 def make_cases() -> dict[str, Case]:
@@ -166,6 +172,7 @@ def describe(ours: Ours, peak: float) -> dict[str, float]:
         "tokens_per_second": ours.tokens / ours.seconds,
         "documents_per_second": ours.documents / ours.seconds,
         "mfu": ours.flops / ours.seconds / peak,
+        "start_milliseconds": 1e3 * ours.start,
         "peak_memory_gb": ours.memory / 1e9,
         "setup_seconds": ours.setup,
     }
@@ -226,7 +233,7 @@ def compare_peers(repeats: int, steps: int, profile: str | None = None) -> dict[
     found: dict[str, dict[str, float]] = {}
     for name, case in cases.items():
         kept = profile and f"{profile}-{name}.txt"
-        found[name] = describe(Ours(*run_apart(measure, case, repeats, 2 * steps, "always", None, kept)), peak)
+        found[name] = describe(Ours(*run_apart(measure, case, repeats, 5 * steps, "always", None, kept)), peak)
         print(name, found[name], flush=True)
 
     def ratio(ours: str, peer: str, unit: str) -> float:

@@ -124,7 +124,7 @@ def main() -> None:
         import accelerator
 
         if options.gpus > 1:
-            print(json.dumps(accelerator.measure_scaling(options.gpus, options.repeats, 2 * options.steps)))
+            print(json.dumps(accelerator.measure_scaling(options.gpus, options.repeats, 5 * options.steps)))
         else:
             print(json.dumps(accelerator.compare_peers(options.repeats, options.steps, options.profile)))
         return

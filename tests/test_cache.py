@@ -56,7 +56,7 @@ def test_both_passes_of_a_chunk_have_the_same_dropout(hashed, case, monkeypatch)
     """The gradients are those of one graph of all chunks, each with the dropout of its seed."""
     learner, make = case
     if hashed:  # as where an encoder is compiled, but for the compiling
-        monkeypatch.setattr(projection, "_compare_compiled", projection._compare)
+        monkeypatch.setattr(projection, "_compare_compiled", projection._compare_fused)
         for module in learner.encoder.modules():
             for name, child in module.named_children():
                 if isinstance(child, nn.Dropout):
@@ -64,7 +64,7 @@ def test_both_passes_of_a_chunk_have_the_same_dropout(hashed, case, monkeypatch)
         learner.dropout = replace_dropout(learner.encoder.base_model)
         assert len(learner.dropout)
     chunks, totals = make(4)
-    weights = loss_weights(learner.pretrain)
+    weights = {name: torch.tensor(weight) for name, weight in loss_weights(learner.pretrain).items()}
     losses = _backward(learner, learner, (Part(chunks, True),), totals, weights, 9)
     cached = read_gradients(learner)
 
@@ -139,7 +139,7 @@ def measure_peak(work):
 
 def test_memory_follows_the_chunk(case):
     learner, make = case
-    weights = loss_weights(learner.pretrain)
+    weights = {name: torch.tensor(weight) for name, weight in loss_weights(learner.pretrain).items()}
     peaks = {}
     for num in (1, 4, 8):
         chunks, totals = make(num)

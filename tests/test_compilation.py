@@ -62,7 +62,13 @@ def test_norms_are_rounded_in_training_under_autocast_alone(encoder_folders, mon
 @pytest.mark.parametrize("objective", ["mlm", "declutr", "supervised_contrastive"])
 def test_rows_of_fixed_shape_train_the_same(objective, make_spec, monkeypatch):
     """As where an encoder is compiled, but for the compiling: weights of padded rows and of plain ones, no dropout."""
-    monkeypatch.setattr(projection, "_compare_compiled", projection._compare)
+    targets = set()
+
+    def compare(logits, wanted):
+        targets.add(len(wanted))
+        return projection._compare_fused(logits, wanted)
+
+    monkeypatch.setattr(projection, "_compare_compiled", compare)
     spec = make_spec(objective, {"encoder.config.dropout": 0.0, "pretrain.batch_tokens": 700})
     data, pretrain, shapes = open_data(spec), spec.settings.pretrain, set()
     found = []
@@ -79,5 +85,6 @@ def test_rows_of_fixed_shape_train_the_same(objective, make_spec, monkeypatch):
         assert training.progress.step >= 4
     # Of one length; texts of 64 tokens fill 640 of 700.
     assert shapes == {(1, 768 if objective == "declutr" else 640)}
+    assert targets == {256}
     for name, weights in found[0].items():
         torch.testing.assert_close(found[1][name], weights, rtol=1e-4, atol=2e-6)

@@ -102,3 +102,25 @@ def test_the_form_that_is_compiled_gives_the_same():
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
     assert not ours[1][:, 50:].any()
+
+
+def test_rows_without_a_target_count_nothing(monkeypatch):
+    """As where code is compiled, but for the compiling."""
+    monkeypatch.setattr(projection, "_compile", lambda: projection._compare_fused)
+    monkeypatch.setitem(projection.LOGITS, "cpu", 300)
+    torch.manual_seed(0)
+    layer, features = nn.Linear(6, 50), torch.randn(31, 6) * 3
+    targets = torch.randint(0, 50, (31,)).index_fill(0, torch.tensor([0, 7, *range(20, 31)]), projection.NO_TARGET)
+    found = []
+    for compute in (
+        lambda x: projected_cross_entropy(x, layer, targets, compiled=True),
+        lambda x: F.cross_entropy(layer(x), targets, reduction="sum", ignore_index=projection.NO_TARGET),
+    ):
+        x = features.clone().requires_grad_()
+        layer.zero_grad()
+        loss = compute(x)
+        loss.backward()
+        found.append([loss.detach(), x.grad, *(p.grad.clone() for p in layer.parameters())])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert not found[0][1][20:].any()

@@ -16,7 +16,12 @@ from raylab.training.batches import Inputs, Ints, Units
 from raylab.training.compilation import choose_room
 from raylab.training.objectives import Batch, is_contrastive
 from raylab.training.packing import lay_out
+from raylab.training.projection import NO_TARGET
 from raylab.training.steps import Place, Step, deal, iterate_steps
+
+# Masked tokens of a row of fixed shape are filled up to a multiple of this: for a number that it has not seen before,
+# cuBLAS has to choose a kernel, which takes the host longer than to launch one.
+SELECTED = 256
 
 
 class Part(NamedTuple):
@@ -64,20 +69,26 @@ def make_batch(
     rows: Rows = PLAIN,
     pad_id: int = 0,
 ) -> Batch:
-    """Inputs as tensors on the CPU; `categories` are those of all rows. In fixed shapes `pad_id` fills what is left."""
+    """Inputs as tensors on the CPU; `categories` are those of all rows.
+
+    In fixed shapes `pad_id` fills what is left of the row, and `NO_TARGET` follows the targets.
+    """
     found = categories[inputs.rows] if categories is not None else np.full(len(inputs.rows), -1)
     num_tokens, ids, positions = len(inputs.input_ids), inputs.input_ids, inputs.positions
+    selected, targets = inputs.selected, inputs.targets
     room = None
     if rows.capacity is not None:
         room = choose_room(num_tokens, rows.capacity)
         left = (0, room - num_tokens)
         ids, positions = np.pad(ids, left, constant_values=pad_id), np.pad(positions, left)
+        more = (0, -len(selected) % SELECTED)
+        selected, targets = np.pad(selected, more), np.pad(targets, more, constant_values=NO_TARGET)
     return Batch(
         torch.from_numpy(ids),
         torch.from_numpy(positions),
         lay_out(inputs.offsets, kernel=rows.kernel, room=room, longest=rows.longest or None),
-        torch.from_numpy(inputs.selected),
-        torch.from_numpy(inputs.targets),
+        torch.from_numpy(selected),
+        torch.from_numpy(targets),
         torch.from_numpy(found),
         torch.from_numpy(np.flatnonzero(found >= 0)),
         num_tokens,
@@ -180,7 +191,7 @@ def feed(
             points, negatives = points + found[0], negatives + found[1]
         batches = tuple(batch for part in parts for batch in part.chunks)
         counted = torch.tensor(
-            [sum(len(batch.targets) for batch in batches), sum(len(batch.known) for batch in batches)],
+            [sum(len(inputs.targets) for inputs in built), sum(len(batch.known) for batch in batches)],
             dtype=torch.float32,
         )
         return Fed(

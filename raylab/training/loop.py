@@ -163,9 +163,8 @@ def prepare_encoder(learner: Learner, resources: Resources, world: World) -> Non
     if not able or wanted == "never" or (wanted == "auto" and not pays(flops, pretrain.num_tokens // world.size)):
         return
     learner.dropout = replace_dropout(learner.encoder.base_model)  # type: ignore[arg-type]
-    # A graph's gradients lie where its next replay writes: one pass a step, and nobody else who reads them.
-    alone = world.size == pretrain.accumulation == 1 and resources.chunk_tokens is None
-    compile_encoder(learner.encoder, graphs=alone)
+    # A graph's gradients lie where its next replay writes: one pass a step. What goes to other workers is a copy.
+    compile_encoder(learner.encoder, graphs=pretrain.accumulation == 1 and resources.chunk_tokens is None)
 
 
 def save_training(training: Training, tokenizer: Path, folder: Path, *, last: bool) -> None:
@@ -204,25 +203,16 @@ class Meter:
             self.host = dict.fromkeys(self.host, 0.0)
         self.host["peak"] = peak
         self.names: list[str] = []
-        self.sums = self.finite = self.num_finite = torch.zeros(0)
+        self.values: list[Tensor] = []
         self.tokens: list[int] = []
         self.num_tokens = 0
         start_lap(device)
         self.began = time.perf_counter()
 
     def add(self, values: Mapping[str, Tensor], fed: Fed, tokens: int) -> None:
-        """A step's losses and gradient norm, scalars, after `tokens` of the steps before it."""
-        found = torch.stack([value.double() for value in values.values()])
-        if not self.tokens:
-            self.names = list(values)
-            self.sums = torch.tensor([self.before.get(name, 0.0) for name in self.names], dtype=torch.float64)
-            self.sums = self.sums.to(found.device)
-            self.finite = torch.ones((), dtype=torch.bool, device=found.device)
-            self.num_finite = torch.zeros((), dtype=torch.int64, device=found.device)
-        self.sums = self.sums + found / self.world.size
-        # Counts the steps before the first that is not finite.
-        self.finite = self.finite & found.isfinite().all()
-        self.num_finite = self.num_finite + self.finite
+        """A step's losses and gradient norm, float32 scalars, after `tokens` of the steps before it."""
+        self.names = list(values)
+        self.values.append(torch.stack(list(values.values())))
         for name, value in (("flops", fed.flops), ("needed", fed.flops), ("slots", fed.slots),
                             ("attended", fed.attended), ("data_seconds", fed.waited / self.world.size)):  # fmt: skip
             self.host[name] += value
@@ -234,9 +224,14 @@ class Meter:
         if not self.tokens:
             return
         progress, spent = self.progress, self.progress.spent
-        sums = torch.cat([self.sums, torch.tensor(list(self.host.values()), dtype=torch.float64).to(self.sums.device)])
-        # The least of all workers: the first step that is not finite, and the highest peak of memory.
-        least = torch.stack([self.num_finite, torch.full_like(self.num_finite, -read_lap(self.device))])
+        values = torch.stack(self.values).cpu().numpy().astype(np.float64)
+        before = [self.before.get(name, 0.0) for name in self.names]
+        # One after another, so that a training that went on from a rung has the sums of one that was never stopped.
+        summed = np.add.accumulate(np.vstack([before, values / self.world.size]))[-1]
+        finite = int(np.logical_and.accumulate(np.isfinite(values).all(1)).sum())
+        # The least of all workers: the steps before the first that is not finite, and the highest peak of memory.
+        sums = torch.tensor([*summed, *self.host.values()], dtype=torch.float64, device=self.device)
+        least = torch.tensor([finite, -read_lap(self.device)], device=self.device)
         if self.world.size > 1:
             torch.distributed.all_reduce(sums)
             torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
@@ -298,7 +293,10 @@ def train(
             gradient_as_bucket_view=True,
         )
     learner.train()
+    # As a list: to look for them in all modules at every step would cost the host more than to clip them.
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
     weights = loss_weights(pretrain)
+    asked = {name: torch.tensor(weight, device=device) for name, weight in weights.items()}
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what an evaluation left would count for the training
     with precision(device, half):
@@ -331,8 +329,8 @@ def train(
             group["lr"] = rate
         # Dropout's numbers come from the step, not from a state that a checkpoint would have to carry.
         dropout = derive_seed(seed, "dropout", progress.step, world.rank)
-        values = _backward(model, learner, parts, totals, weights, dropout)
-        values["gradient_norm"] = nn.utils.clip_grad_norm_(learner.parameters(), pretrain.max_grad_norm)
+        values = _backward(model, learner, parts, totals, asked, dropout)
+        values["gradient_norm"] = nn.utils.clip_grad_norm_(trained, pretrain.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         meter.add(values, fed, progress.tokens)
@@ -347,6 +345,7 @@ def train(
         if before // point < progress.tokens // point:
             meter.read()
             means = {name: value / progress.num_summed for name, value in sorted(progress.sums.items())}
+            means["loss"] = sum(weight * means.get(f"{name}_loss", 0.0) for name, weight in weights.items())
             means |= describe_speed(progress.spent) | {"data_seconds": progress.data_seconds}
             _note(progress, {f"train_{name}": value for name, value in means.items()})
             progress.sums, progress.num_summed, progress.data_seconds, progress.spent = {}, 0, 0.0, {}
@@ -359,12 +358,13 @@ def _backward(
     learner: Learner,
     parts: tuple[Part, ...],
     totals: Totals,
-    weights: Mapping[str, float],
+    weights: Mapping[str, Tensor],
     seed: int,
 ) -> dict[str, Tensor]:
-    """Gradients of the step's loss; returns the weighted loss and each loss, this worker's sums over its parts.
+    """Gradients of the step's loss, the weighted sum of all; returns each, this worker's sum over its parts.
 
-    `model` is the learner, or what trains it with other workers; `seed` that of dropout.
+    `model` is the learner, or what trains it with other workers; `weights` are scalars on the device; `seed` is that of
+    dropout.
     """
     device, half = next(learner.parameters()).device, is_half(learner.pretrain.precision, learner.encoder)
     sums: dict[str, Tensor] = {}
@@ -381,12 +381,12 @@ def _backward(
                 seed_dropout(learner.dropout, seeds[chunk])
                 with precision(device, half):
                     losses = model(batch, totals, None if cache is None else cache.gradients[chunk])
-                loss = sum((weights[name] * value for name, value in losses.items()), torch.zeros((), device=device))
-                loss.backward()
+                # The gradient of the weighted sum, which itself nobody needs here.
+                torch.autograd.backward(list(losses.values()), [weights[name] for name in losses])
             if cache is not None:
                 # What stood for the contrastive loss has its gradients, not its value.
                 losses[learner.pretrain.objective] = cache.loss / len(part.chunks)
             for name, value in losses.items():
-                sums[f"{name}_loss"] = sums.get(f"{name}_loss", 0.0) + value.detach().double()
-    sums["loss"] = torch.stack([weights[name] * sums[f"{name}_loss"] for name in losses]).sum()
+                found = value.detach()
+                sums[f"{name}_loss"] = sums[f"{name}_loss"] + found if f"{name}_loss" in sums else found
     return sums

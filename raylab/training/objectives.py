@@ -20,8 +20,9 @@ from raylab.training.projection import projected_cross_entropy
 class Batch(NamedTuple):
     """`batches.Inputs` as tensors, the categories int64 [B] of the texts (-1: none), and which texts have one.
 
-    The first `num_tokens` of the row are real; in rows of a fixed shape padding follows. `gathered` are the rows of
-    each worker in this part of the step, over all its chunks: texts, where there are categories those with one.
+    The first `num_tokens` of the row are real; in rows of a fixed shape padding follows, and selected places without a
+    target (`projection.NO_TARGET`) follow the masked tokens. `gathered` are the rows of each worker in this part of the
+    step, over all its chunks: texts, where there are categories those with one.
     """
 
     input_ids: Tensor

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+# The target of rows that only fill a batch up to a fixed shape, as in `F.cross_entropy`.
+NO_TARGET = -100
 # Logits at once: few stay in a processor's cache, many keep a GPU busy.
 LOGITS = {"cpu": 2**22, "cuda": 2**26}
 # Rows of a projection are filled up to a multiple of this.
@@ -32,11 +34,12 @@ def _compare(logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _compare_fused(logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """`_compare` in a form that compiles to two passes over the logits."""
-    log_probs = logits.float().log_softmax(1)
-    loss = -log_probs.gather(1, wanted[:, None]).sum()
-    hit = torch.arange(logits.shape[1], device=logits.device) == wanted[:, None]
-    return loss, (log_probs.exp() - hit.float()).to(logits.dtype)
+    """`_compare` in a form that compiles to two passes over the logits; rows with `NO_TARGET` count nothing."""
+    log_probs, places = logits.float().log_softmax(1), wanted[:, None]
+    counted = places != NO_TARGET
+    loss = -torch.where(counted, log_probs.gather(1, torch.where(counted, places, 0)), 0.0).sum()
+    hit = torch.arange(logits.shape[1], device=logits.device) == places
+    return loss, torch.where(counted, log_probs.exp() - hit.float(), 0.0).to(logits.dtype)
 
 
 @functools.cache
@@ -119,6 +122,7 @@ def projected_cross_entropy(
     """The sum of the cross-entropies of projection(features[K, D]) and targets[K], a float32 scalar.
 
     As `F.cross_entropy(projection(features).float(), targets, reduction="sum")`, also under autocast, with gradients.
+    Only where it is `compiled` may targets be `NO_TARGET`.
     """
     loss: Tensor = _ProjectedLoss.apply(features, projection.weight, projection.bias, targets, compiled)
     return loss

@@ -123,7 +123,8 @@ def iterate_steps(units: Units, batch_tokens: int, seed: int, place: Place) -> I
 def deal(costs: Ints, num: int) -> list[Ints]:
     """Units of costs[U] dealt to `num` shares of like cost: the places of each share's units, in order.
 
-    The largest first, each to the share that has least (LPT; Graham 1969, doi 10.1137/0117039).
+    The largest first, each to the share that has least (LPT; Graham 1969, doi 10.1137/0117039). Where units are of
+    like cost and their number is odd, that leaves half of one too many: the shares with most and least then swap units.
     """
     if num == 1:
         return [np.arange(len(costs))]
@@ -134,4 +135,24 @@ def deal(costs: Ints, num: int) -> list[Ints]:
         held, share = shares[0]
         owners[unit] = share
         heapq.heapreplace(shares, (held + cost, share))
+    while (swap := _find_swap(costs, owners, num)) is not None:
+        owners[swap] = owners[swap[::-1]]
     return [np.flatnonzero(owners == share) for share in range(num)]
+
+
+def _find_swap(costs: Ints, owners: Ints, num: int) -> Ints | None:
+    """The two units, of the shares with most and least, whose swap leaves these two most alike; None if none helps."""
+    held = np.bincount(owners, costs, num).astype(np.int64)
+    most, least = int(held.argmax()), int(held.argmin())
+    gap = held[most] - held[least]
+    given, taken = np.flatnonzero(owners == most), np.flatnonzero(owners == least)
+    if not len(taken):
+        return None
+    taken = taken[np.argsort(costs[taken], kind="stable")]
+    # To each unit of the one share those of the other that are next to half the gap smaller.
+    near = np.searchsorted(costs[taken], costs[given] - gap / 2)
+    near = np.stack([near - 1, near]).clip(0, len(taken) - 1)
+    moved = costs[given] - costs[taken[near]]
+    gains = np.minimum(moved, gap - moved)
+    side, place = np.unravel_index(gains.argmax(), gains.shape)
+    return np.array([given[place], taken[near[side, place]]]) if gains[side, place] > 0 else None
