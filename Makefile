@@ -17,7 +17,7 @@ demo: $(VENV)/ready build/notes/notes.parquet
 	$(BIN)/raylab run jobs/quickstart.yaml
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -21,7 +21,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):
-    """Files with slow tests go first: two processes share the files, and neither should be left with a slow one."""
+    """Files with slow tests go first: processes share the files, and none should be left with a slow one."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 
