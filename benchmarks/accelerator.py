@@ -144,8 +144,8 @@ def measure(
 
 
 def count_done(progress: Progress, units: Units) -> tuple[float, ...]:
-    """Steps, tokens, FLOPs and documents or texts so far; of those that were taken ahead of their place there are as
-    many before a call as after it."""
+    """Steps, tokens, FLOPs and documents or texts so far; those taken ahead of their place are of a call's steps as
+    often as of those before it."""
     return progress.step, progress.tokens, progress.flops, progress.epoch * units.num + progress.position
 
 

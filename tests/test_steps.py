@@ -123,8 +123,14 @@ def test_shares_are_even(sizes, num):
     assert sorted(np.concatenate(shares).tolist()) == list(range(len(costs)))
     assert all((np.diff(share) > 0).all() for share in shares)
     loads = [int(costs[share].sum()) for share in shares]
-    # What dealing to whichever share has least guarantees (Graham 1966), and swaps only better.
-    assert max(loads) <= costs.sum() / num + costs.max(initial=0) * (1 - 1 / num)
+    # No worse than the largest first, each to whichever share has least.
+    plain = [[0] for _ in range(num)]
+    for cost in sorted(sizes, reverse=True):
+        min(plain, key=sum).append(cost)
+    fullest = max(plain, key=sum)
+    assert max(loads) <= sum(fullest)
+    # In that, the fullest was the least full before its last unit, which was no larger than the others in it.
+    assert sum(fullest) <= (costs.sum() - fullest[-1]) / num + fullest[-1]
     most, least = shares[int(np.argmax(loads))], shares[int(np.argmin(loads))]
     gap = max(loads) - min(loads)
     for one, other in itertools.product(costs[most].tolist(), costs[least].tolist()):

@@ -16,6 +16,7 @@ from raylab.training.encoder import precision, predict_tokens
 from raylab.training.feed import move
 from raylab.training.masks import mask_tokens
 from raylab.training.packing import encode_packed, fits_kernel, lay_out, pool_segments
+from raylab.training.projection import NO_TARGET
 
 # All draws here come from this constant and the document's row: no trial's seed, no arm's settings.
 HELD_OUT = derive_seed("held out")
@@ -29,8 +30,8 @@ BATCH = 64
 class HeldOut(NamedTuple):
     """Fixed held-out inputs: masked texts, retrieval spans in pools, and categories (-1: none) of the texts.
 
-    masked, mask, targets [N, T] with targets -100 where not selected; anchors and positives are [K, L] ids and masks,
-    K = pools x candidates; row i of one belongs to row i of the other.
+    masked, mask, targets [N, T] with targets `NO_TARGET` where not selected; anchors and positives are [K, L] ids and
+    masks, K = pools x candidates; row i of one belongs to row i of the other.
     """
 
     masked: Ints
@@ -108,7 +109,7 @@ def prepare_heldout(
     return HeldOut(
         masked,
         mask,
-        np.where(selected, ids, -100),
+        np.where(selected, ids, NO_TARGET),
         pad_rows(anchors, vocabulary) if anchors else None,
         pad_rows(positives, vocabulary) if positives else None,
         candidates,
